@@ -1,0 +1,470 @@
+"""Writing to a tenant's ledger: what a call carries, and how calls in flight share one.
+
+An acknowledgement means what its receipt says: `memory`, `fsynced` or `replicated`. Nothing is ever
+queued behind an acknowledgement; an append that has not returned may or may not be recorded, and
+sending it again with the same id is always safe.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import secrets
+import time
+from collections import deque
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Any, Final, NamedTuple
+
+from redis import exceptions as redis_errors
+
+from ledger import errors, keys
+from ledger.events import EncodedEvent, Event, encode
+from ledger.server import LIBRARY_VERSION, NodeSettings, Reply, Server, pack, translate
+from ledger.stream import Incident, Position, headless
+
+__all__ = ["BATCH_EVENTS_LIMIT", "Appender", "Durability", "Receipt"]
+
+BATCH_EVENTS_LIMIT: Final = 1000
+"""Events in one append_many, which is all or nothing."""
+
+GATHER_EVENTS: Final = 200
+GATHER_BYTES: Final = 1024 * 1024
+"""How much of several callers' work one function call carries; more would hold readers up."""
+
+CALLS_IN_FLIGHT: Final = 2
+WAIT_TIMEOUT_MS: Final = 2000
+FEED_LENGTH: Final = 10_000
+FEED_INTERVAL_S: Final = 0.005
+_log = logging.getLogger("ledger")
+
+
+class Durability(StrEnum):
+    """What is true of an event when its append returns.
+
+    memory      the server has it and will write it out within about a second (`everysec`)
+    fsynced     it is on the server's disk: `appendfsync always`, nothing less is honest
+    replicated  at least one replica has acknowledged it too
+    """
+
+    MEMORY = "memory"
+    FSYNCED = "fsynced"
+    REPLICATED = "replicated"
+
+
+class Receipt(NamedTuple):
+    """What an append returned. `duplicate`: it had been recorded before, with the same bytes
+    (after a retry of ours that may be our own first attempt)."""
+
+    tenant: str
+    epoch: str
+    entry_id: str
+    seq: int
+    duplicate: bool
+    durability: Durability
+
+    @property
+    def recorded_at(self) -> datetime:
+        """The ledger's time."""
+        return datetime.fromtimestamp(int(self.entry_id.partition("-")[0]) / 1000, UTC)
+
+    @property
+    def position(self) -> Position:
+        """Where a reader must have come to see this event."""
+        return Position(self.epoch, self.seq, self.entry_id)
+
+
+class _Group:
+    """One caller's events: sequenced together or refused together, alone."""
+
+    __slots__ = ("bytes", "done", "durability", "events", "expected_seq", "packed", "sha256")
+
+    def __init__(
+        self,
+        events: Sequence[EncodedEvent],
+        expected_seq: int | None,
+        durability: Durability | None,
+        done: asyncio.Future[list[Receipt]],
+    ) -> None:
+        self.events = events
+        self.expected_seq = expected_seq
+        self.durability = durability
+        self.done = done
+        self.sha256 = [hashlib.sha256(event.data).digest() for event in events]
+        self.packed = _packed_group(events, expected_seq, self.sha256)
+        self.bytes = len(self.packed)
+
+
+def _packed_group(
+    events: Sequence[EncodedEvent], expected_seq: int | None, digests: list[bytes]
+) -> bytes:
+    expected = b"-1" if expected_seq is None else b"%d" % expected_seq
+    latest = b"%d" % max((event.at_ms for event in events if event.at_ms is not None), default=0)
+    count = b"%d" % len(events)
+    parts = [
+        b"$%d\r\n%b\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n"
+        % (len(expected), expected, len(latest), latest, len(count), count)
+    ]
+    for (kind, event_id, data, _), digest in zip(events, digests, strict=True):
+        kind_raw, id_raw = kind.encode(), event_id.encode()
+        parts.append(
+            b"$%d\r\n%b\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n$32\r\n%b\r\n"
+            % (len(kind_raw), kind_raw, len(id_raw), id_raw, len(data), data, digest)
+        )
+    return b"".join(parts)
+
+
+def prepare(tenant: str, events: Sequence[Event], expected_seq: int | None) -> list[EncodedEvent]:
+    """Everything that can be checked without the server.
+
+    Raises:
+        InvalidTenant, InvalidEvent, InvalidInput: the name, an event, or the batch does not fit.
+    """
+    keys.checked_tenant(tenant)
+    if not 1 <= len(events) <= BATCH_EVENTS_LIMIT:
+        raise errors.InvalidInput(
+            f"events: a batch has 1 to {BATCH_EVENTS_LIMIT} events, this one has {len(events)}",
+            hint="append it in parts; each part is all or nothing",
+        )
+    if expected_seq is not None and not 0 <= expected_seq < 2**53:
+        raise errors.InvalidInput(f"expected_seq: {expected_seq} is no sequence number")
+    return [encode(event) for event in events]
+
+
+class Appender:
+    """The write side of a Ledger: one lane a tenant, up to two function calls in flight on each."""
+
+    def __init__(self, server: Server, durability: Durability | None = None) -> None:
+        self.server = server
+        self.durability = durability
+        self._lanes: dict[str, _Lane] = {}
+        self._feed = _Feed(server)
+
+    async def append(
+        self,
+        tenant: str,
+        events: Sequence[Event],
+        expected_seq: int | None,
+        durability: Durability | None,
+    ) -> list[Receipt]:
+        """Receipts in the order of `events`; all are recorded, or none."""
+        encoded = prepare(tenant, events, expected_seq)
+        lane = self._lanes.get(tenant)
+        if lane is None:
+            lane = self._lanes[tenant] = _Lane(self.server, tenant, self._feed)
+        done: asyncio.Future[list[Receipt]] = asyncio.get_running_loop().create_future()
+        lane.put(_Group(encoded, expected_seq, durability or self.durability, done))
+        return await done
+
+    async def aclose(self) -> None:
+        """Waits for the calls in flight and for the last hints."""
+        await asyncio.gather(*(lane.drained() for lane in self._lanes.values()))
+        await self._feed.aclose()
+
+
+class _Lane:
+    """One tenant's groups on their way; what waits while a call is in flight rides in the next."""
+
+    def __init__(self, server: Server, tenant: str, feed: _Feed) -> None:
+        self._server = server
+        self._tenant = tenant
+        self._feed = feed
+        self._waiting: deque[_Group] = deque()
+        self._waiting_events = 0
+        self._calls: set[asyncio.Task[Any] | None] = set()
+        self._on = (keys.decisions(tenant), keys.head(tenant), keys.index(tenant))
+        head = ["govledger_append", b"3", *self._on, LIBRARY_VERSION]
+        self._call_head = pack("FCALL", *head).split(b"\r\n", 1)[1]
+        self._fixed_args = 2 + len(head)
+
+    def put(self, group: _Group) -> None:
+        self._waiting.append(group)
+        self._waiting_events += len(group.events)
+        # A second call pays only with a full load: half loads cost an fsync each.
+        full = self._waiting_events >= GATHER_EVENTS
+        if not self._calls or (full and len(self._calls) < CALLS_IN_FLIGHT):
+            self._calls.add(asyncio.get_running_loop().create_task(self._run()))
+
+    async def drained(self) -> None:
+        while self._calls:
+            await asyncio.wait([call for call in self._calls if call])
+
+    async def _run(self) -> None:
+        try:
+            while self._waiting:
+                groups = self._take()
+                try:
+                    await self._send(groups)
+                except BaseException as error:
+                    _fail(groups, error)
+                    if not isinstance(error, Exception):
+                        raise
+        finally:  # here, not in a callback: a group put in between would wait for ever
+            self._calls.discard(asyncio.current_task())
+
+    def _take(self) -> list[_Group]:
+        first = self._waiting.popleft()
+        groups, events, size = [first], len(first.events), first.bytes
+        while self._waiting:
+            after = self._waiting[0]
+            events, size = events + len(after.events), size + after.bytes
+            if events > GATHER_EVENTS or size > GATHER_BYTES or after.durability != first.durability:
+                break
+            groups.append(self._waiting.popleft())
+        self._waiting_events -= sum(len(group.events) for group in groups)
+        return groups
+
+    async def _send(self, groups: list[_Group]) -> None:
+        wanted = groups[0].durability
+        stream = self._on[0]
+        settings = self._server.known_settings(stream)
+        stale = settings is None
+        if self._server.never_asked(stream):
+            settings, stale = await self._server.node_settings(stream), False
+        if settings is not None:
+            self._refuse_unsafe(settings, wanted)
+        reply, replicas, later = await self._call(groups, wanted, stale=stale, registered=False)
+        if later is None and self._server.never_asked(stream):  # it answered from another node
+            later = await self._server.node_settings(stream)
+        settings = later or settings or NodeSettings()
+        self._settle(groups, reply, self._reached(settings, wanted, replicas), wanted, replicas)
+
+    def _refuse_unsafe(self, settings: NodeSettings, wanted: Durability | None) -> None:
+        if settings.evicts_ledger_keys and not self._server.settings.govledger_allow_eviction:
+            raise errors.UnsafeServer(
+                f"{self._server.address}: maxmemory-policy is {settings.maxmemory_policy}, which "
+                "evicts keys without a TTL: acknowledged decisions would vanish",
+                hint="CONFIG SET maxmemory-policy noeviction (or volatile-lru); "
+                "GOVLEDGER_ALLOW_EVICTION=1 appends all the same",
+                setting="maxmemory-policy",
+                found=settings.maxmemory_policy,
+            )
+        if wanted is Durability.FSYNCED and not settings.fsyncs_every_ack:
+            raise _not_fsynced(self._server.address, settings)
+
+    async def _call(
+        self, groups: list[_Group], wanted: Durability | None, *, stale: bool, registered: bool
+    ) -> tuple[list[Any], int | None, NodeSettings | None]:
+        """One function call; behind it on the same connection what tells how durable it is."""
+        flags = ("r" if registered else "") + ("w" if wanted else "")
+        head = [b"%d" % (time.time_ns() // 1_000_000), flags, secrets.token_hex(8)]
+        args = self._fixed_args + len(head) - 1
+        args += sum(3 + 4 * len(group.events) for group in groups)
+        packed = [
+            b"*%d\r\n" % args,
+            self._call_head,
+            pack(*head).split(b"\r\n", 1)[1],
+            *(group.packed for group in groups),
+        ]
+        behind = [pack("WAIT", 1, WAIT_TIMEOUT_MS)] if wanted is Durability.REPLICATED else []
+        behind += self._server.SETTINGS_COMMANDS if stale else ()
+        replies = await self._server.exchange_function(
+            self._on[0], [*packed, *behind], 1 + len(behind)
+        )
+        if isinstance(replies[0], Exception):
+            if not registered and str(replies[0]).startswith("LEDGERUNREGISTERED"):
+                await self._server.command(keys.TENANTS, "SADD", keys.TENANTS, self._tenant)
+                return await self._call(groups, wanted, stale=stale, registered=True)
+            raise self._whole_refusal(replies[0])
+        settings = None
+        if stale:
+            settings = await self._server.take_settings(self._on[0], replies[-3:])
+        replicas = None
+        if wanted is Durability.REPLICATED:
+            replicas = int(self._server.checked(replies[1]))
+        return replies[0], replicas, settings
+
+    def _reached(
+        self, settings: NodeSettings, wanted: Durability | None, replicas: int | None
+    ) -> Durability:
+        if replicas:
+            return Durability.REPLICATED
+        return Durability.FSYNCED if settings.fsyncs_every_ack else Durability.MEMORY
+
+    def _settle(
+        self,
+        groups: list[_Group],
+        reply: list[Any],
+        reached: Durability,
+        wanted: Durability | None,
+        replicas: int | None,
+    ) -> None:
+        epoch, notes, results = reply[0].decode(), reply[1], reply[2]
+        for raw in notes:
+            _log.warning("tenant %s: %s", self._tenant, Incident.parse(raw))
+        for group, result in zip(groups, results, strict=True):
+            if group.done.done():
+                continue
+            if result[0] != 0:
+                group.done.set_exception(self._refusal(group, result))
+            elif wanted is not None and reached != wanted:
+                group.done.set_exception(self._not_reached(wanted, reached, replicas))
+            else:
+                group.done.set_result(self._receipts(group, epoch, result, reached))
+        self._feed.hint(self._tenant)
+
+    def _receipts(
+        self, group: _Group, epoch: str, result: list[Any], reached: Durability
+    ) -> list[Receipt]:
+        _, ms, seq, flat = result
+        duplicates = {flat[i]: (flat[i + 1], flat[i + 2]) for i in range(0, len(flat), 3)}
+        receipts = []
+        for offset in range(len(group.events)):
+            known = duplicates.get(offset)
+            at_ms, at_seq = known or (ms, seq)
+            receipts.append(
+                Receipt(
+                    self._tenant, epoch, f"{at_ms}-{at_seq}", at_seq, known is not None, reached
+                )
+            )
+            seq += known is None
+        return receipts
+
+    # -- what the function refused ------------------------------------------------------------
+
+    def _refusal(self, group: _Group, result: list[Any]) -> errors.LedgerError:
+        if result[0] == 1:
+            _, offset, ms, seq, digest = result
+            event, offered = group.events[offset], group.sha256[offset].hex()
+            return errors.ConflictingEvent(
+                f"tenant {self._tenant}: id {event.id} is recorded as seq {seq} with other content "
+                f"(recorded SHA-256 {digest.hex()[:16]}…, offered {offered[:16]}…)",
+                hint=f"`govledger show {self._tenant} {event.id}` shows what is recorded; "
+                "a new event needs a new id",
+                tenant=self._tenant,
+                id=event.id,
+                seq=seq,
+                entry_id=f"{ms}-{seq}",
+                recorded_sha256=digest.hex(),
+                offered_sha256=offered,
+                index=offset,
+            )
+        if result[0] == 2:
+            return errors.WrongExpectedSeq(
+                f"expected seq {group.expected_seq}, tenant {self._tenant} is at {result[1]}",
+                hint="read what came in between, decide again, and append with the new number",
+                tenant=self._tenant,
+                expected=group.expected_seq,
+                actual=result[1],
+            )
+        latest = max(group.events, key=lambda event: event.at_ms or 0)
+        return errors.ClockSkew(
+            f"tenant {self._tenant}: event {latest.id}: at is "
+            f"{((latest.at_ms or 0) - result[1]) / 1000:.0f} s ahead of the ledger's time; "
+            "the limit is 300 s",
+            hint="`at` is when the engine decided, in UTC; set that machine's clock",
+            tenant=self._tenant,
+            id=latest.id,
+            ledger_ms=result[1],
+        )
+
+    def _whole_refusal(self, reply: Exception) -> errors.LedgerError:
+        code, *facts = str(reply).split(" ")
+        tenant = self._tenant
+        if code == "LEDGERSKEW":
+            ahead_s = (time.time_ns() // 1_000_000 - int(facts[0])) / 1000
+            return errors.ClockSkew(
+                f"this machine's clock is {ahead_s:+.0f} s from the server's; the limit is 300 s",
+                hint="set the clock (NTP) here or there; nothing was written",
+                ahead_s=ahead_s,
+            )
+        if code == "LEDGERBEHIND":
+            return errors.IndexBehind(
+                f"tenant {tenant}: the idempotency index covers {facts[0]} of {facts[1]} entries, "
+                "so a duplicate could get in",
+                hint=f"govledger reindex {tenant}",
+                tenant=tenant,
+            )
+        if code == "LEDGERNOHEAD":
+            return headless(tenant)
+        if code == "LEDGERBLOCKED":
+            return errors.StreamBlocked(
+                f"tenant {tenant}: somebody set the stream's last id to {facts[0]} (ours was "
+                f"{facts[1]}): no later entry could carry a true time",
+                hint=f"delete that foreign entry, then XSETID {self._on[0]} {facts[1]} "
+                f"ENTRIESADDED {facts[2]} MAXDELETEDID 0-0; else copy under a new epoch",
+                tenant=tenant,
+                entry_id=facts[0],
+            )
+        if code == "LEDGERFOREIGN":
+            return errors.ForeignEntries(
+                f"tenant {tenant}: more than 5,000 foreign entries; registered up to {facts[1]}",
+                hint="append again to register the next; find who has write access to the stream",
+                tenant=tenant,
+            )
+        return translate(reply, self._server.address)
+
+    def _not_reached(
+        self, wanted: Durability, reached: Durability, replicas: int | None
+    ) -> errors.DurabilityNotReached:
+        counted = "" if replicas is None else f" ({replicas} replicas acknowledged in time)"
+        return errors.DurabilityNotReached(
+            f"tenant {self._tenant}: recorded, but only {reached}, not {wanted}{counted}",
+            hint="append again with the same id once the server can give that level",
+            wanted=wanted,
+            reached=reached,
+        )
+
+
+def _not_fsynced(address: str, settings: NodeSettings) -> errors.UnsafeServer:
+    if settings.appendonly is None:
+        found = "its settings may not be read (CONFIG is denied and nobody attested them)"
+        remedy = "grant +config|get and +info, or let an operator's `govledger project` run"
+    elif settings.appendonly != "yes":
+        found, remedy = "appendonly is no", "CONFIG SET appendonly yes, appendfsync always"
+    elif settings.appendfsync != "always":
+        found = f"appendfsync is {settings.appendfsync}"
+        remedy = "CONFIG SET appendfsync always"
+    else:
+        found = "no-appendfsync-on-rewrite is yes, which skips fsync during rewrites"
+        remedy = "CONFIG SET no-appendfsync-on-rewrite no"
+    return errors.UnsafeServer(
+        f"{address}: fsynced was asked for and cannot be reached: {found}",
+        hint=f"{remedy}; or ask for less: this server reaches `memory`",
+        reached=Durability.MEMORY,
+    )
+
+
+def _fail(groups: list[_Group], error: BaseException) -> None:
+    for group in groups:
+        if group.done.done():
+            continue
+        if isinstance(error, asyncio.CancelledError):
+            group.done.cancel()
+        else:
+            group.done.set_exception(error)
+
+
+class _Feed:
+    """Tells projectors which tenants have news: after the ack, not awaited, lossy by design."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._tenants: dict[str, None] = {}
+        self._sending: asyncio.Task[None] | None = None
+
+    def hint(self, tenant: str) -> None:
+        self._tenants[tenant] = None
+        if self._sending is None or self._sending.done():
+            self._sending = asyncio.get_running_loop().create_task(self._send())
+
+    async def _send(self) -> None:
+        while self._tenants:
+            tenants, self._tenants = list(self._tenants), {}
+            packed = [
+                pack("XADD", keys.FEED, "MAXLEN", "~", FEED_LENGTH, "*", "tenant", tenant)
+                for tenant in tenants
+            ]
+            try:
+                await self._server.exchange(keys.FEED, packed, len(packed))
+            except (errors.LedgerError, redis_errors.RedisError) as error:
+                _log.debug("feed hint lost, the sweep will find it: %s", error)
+                return
+            await asyncio.sleep(FEED_INTERVAL_S)
+
+    async def aclose(self) -> None:
+        if self._sending is not None:
+            await asyncio.wait([self._sending], timeout=1)
+            self._sending.cancel()

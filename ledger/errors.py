@@ -1,0 +1,227 @@
+"""Every error that govledger raises, and what to do about it.
+
+    LedgerError                      anything below; carries `hint` and `facts`
+    ├── InvalidInput                 what the caller gave cannot be recorded; nothing was written
+    │   ├── InvalidTenant            the name cannot become a key
+    │   ├── InvalidEvent             a field, its limit, and the remedy
+    │   └── InvalidSetting           an environment variable or a URL that cannot be used
+    ├── Refused                      the ledger said no; nothing was written
+    │   ├── ConflictingEvent         the id is recorded with another body
+    │   ├── WrongExpectedSeq         the tenant has moved on
+    │   ├── ClockSkew                this machine's clock and the server's differ too much
+    │   ├── UnsafeServer             a server setting can lose what was acknowledged
+    │   ├── IndexBehind              the idempotency index does not cover the stream: reindex
+    │   ├── StreamBlocked            a foreign id leaves no room for true times
+    │   ├── LibraryTooNew            the server speaks only to newer releases
+    │   ├── ForeignEntries           too many foreign entries to register in one go
+    │   └── ServerInUse              another server or port holds the data directory
+    ├── DurabilityNotReached         may be recorded, but not as safely as was asked
+    ├── Unavailable                  the server cannot be asked now; a retry by id is safe
+    │   ├── ServerUnreachable        nobody answers there, or the answer was lost
+    │   ├── AuthenticationFailed     NOAUTH, WRONGPASS
+    │   ├── PermissionDenied         the ACL lacks a right
+    │   ├── TlsFailed                certificate or protocol do not fit
+    │   ├── ReadOnlyReplica          this node takes no writes
+    │   ├── OutOfMemory              maxmemory is reached
+    │   ├── ServerLoading            the data set is still being read
+    │   ├── ServerBusy               a snapshot error, a script or a failover holds writes back
+    │   ├── FunctionMissing          the function library is not there and may not be loaded
+    │   └── EmbeddedServerError      the private server did not start
+    ├── ServerError                  the server refused the command for a reason we do not know
+    ├── NotFound                     no such tenant, entry or state
+    ├── EntriesMissing               the record has a hole
+    ├── NotCaughtUp                  the projection has not folded that far yet
+    ├── LedgerRolledBack             the ledger is behind what was already read from it
+    └── CommitConflict               another projector folded this tenant meanwhile
+
+Operating errors (`Unavailable`, `DurabilityNotReached`) are worth a retry with the same event ids,
+which is always safe. `InvalidInput` and `Refused` are not: something must change first.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "AuthenticationFailed",
+    "ClockSkew",
+    "CommitConflict",
+    "ConflictingEvent",
+    "DurabilityNotReached",
+    "EmbeddedServerError",
+    "EntriesMissing",
+    "ForeignEntries",
+    "FunctionMissing",
+    "IndexBehind",
+    "InvalidEvent",
+    "InvalidInput",
+    "InvalidSetting",
+    "InvalidTenant",
+    "LedgerError",
+    "LedgerRolledBack",
+    "LibraryTooNew",
+    "NotCaughtUp",
+    "NotFound",
+    "OutOfMemory",
+    "PermissionDenied",
+    "ReadOnlyReplica",
+    "Refused",
+    "ServerBusy",
+    "ServerError",
+    "ServerInUse",
+    "ServerLoading",
+    "ServerUnreachable",
+    "StreamBlocked",
+    "TlsFailed",
+    "Unavailable",
+    "UnsafeServer",
+    "WrongExpectedSeq",
+]
+
+
+class LedgerError(Exception):
+    """The root. `hint` says what to do next; `facts` are the values behind the message."""
+
+    def __init__(self, message: str, *, hint: str | None = None, **facts: object) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+        self.facts = facts
+
+    def __str__(self) -> str:
+        return f"{self.message} ({self.hint})" if self.hint else self.message
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_rebuild, (type(self), self.message, self.hint, self.facts))
+
+
+def _rebuild(
+    kind: type[LedgerError], message: str, hint: str | None, facts: dict[str, object]
+) -> LedgerError:
+    return kind(message, hint=hint, **facts)
+
+
+class InvalidInput(LedgerError, ValueError):
+    """What the caller gave cannot be recorded or asked for; nothing was written."""
+
+
+class InvalidTenant(InvalidInput):
+    """The tenant's name does not fit the key grammar."""
+
+
+class InvalidEvent(InvalidInput):
+    """An event breaks its schema or a limit; `facts` has `problems`, a list of field and reason."""
+
+
+class InvalidSetting(InvalidInput):
+    """A setting or URL cannot be used."""
+
+
+class Refused(LedgerError):
+    """The ledger said no, and nothing of the refused group was written."""
+
+
+class ConflictingEvent(Refused):
+    """The id is recorded with another body; `facts`: id, seq, entry_id, both SHA-256 digests."""
+
+
+class WrongExpectedSeq(Refused):
+    """The tenant's head is not where the caller expected; `facts`: expected, actual."""
+
+
+class ClockSkew(Refused):
+    """The clocks of client and server, or an event's `at`, are too far apart."""
+
+
+class UnsafeServer(Refused):
+    """A server setting can lose acknowledged entries; the message names it and the value to set."""
+
+
+class IndexBehind(Refused):
+    """The idempotency index or the head record does not cover the stream."""
+
+
+class StreamBlocked(Refused):
+    """A foreign last id lies so far ahead that true recorded times are impossible."""
+
+
+class LibraryTooNew(Refused):
+    """The server's function library no longer answers this release."""
+
+
+class ForeignEntries(Refused):
+    """More foreign entries than one call registers; the rest follow at the next call."""
+
+
+class ServerInUse(Refused):
+    """A server already runs on this data directory in another way than was asked for."""
+
+
+class DurabilityNotReached(LedgerError):
+    """The event may be recorded, but not at the level asked for; a retry by id is safe."""
+
+
+class Unavailable(LedgerError):
+    """The server cannot be asked now. Whether a call in flight landed is unknown; retry by id."""
+
+
+class ServerUnreachable(Unavailable):
+    """Nobody answers at the address, or the connection broke and retries ran out."""
+
+
+class AuthenticationFailed(Unavailable):
+    """The server wants a password, or another one."""
+
+
+class PermissionDenied(Unavailable):
+    """The server's ACL denies this user a command or a key."""
+
+
+class TlsFailed(Unavailable):
+    """The TLS handshake failed."""
+
+
+class ReadOnlyReplica(Unavailable):
+    """The node is a replica and takes no writes."""
+
+
+class OutOfMemory(Unavailable):
+    """The server has reached maxmemory and takes no more entries."""
+
+
+class ServerLoading(Unavailable):
+    """The server is still reading its data set."""
+
+
+class ServerBusy(Unavailable):
+    """The server holds writes back for now: MISCONF, BUSY, CLUSTERDOWN, NOREPLICAS, TRYAGAIN."""
+
+
+class FunctionMissing(Unavailable):
+    """The function library is absent and this user may not load it."""
+
+
+class EmbeddedServerError(Unavailable):
+    """The private server did not start or did not answer; the message ends with its log."""
+
+
+class ServerError(LedgerError):
+    """The server answered with an error that has no name of its own here."""
+
+
+class NotFound(LedgerError, LookupError):
+    """There is no such tenant, entry or state."""
+
+
+class EntriesMissing(LedgerError):
+    """Entries that were recorded are not in the stream; `facts`: tenant, first_seq, last_seq."""
+
+
+class NotCaughtUp(LedgerError, TimeoutError):
+    """The projection had not folded the sequence number in time; `facts`: wanted, folded."""
+
+
+class LedgerRolledBack(LedgerError):
+    """The ledger is behind, or other than, what was already folded or read from it."""
+
+
+class CommitConflict(LedgerError):
+    """The committed position is not the one that this fold began from."""

@@ -1,0 +1,502 @@
+"""What can be recorded: frozen models, one discriminated union, one encoding.
+
+The bytes of an event are decided here once (`encode`): JSON with sorted keys, of the fields that
+the caller set, with times in UTC. So a retry by a newer release, with other defaults and another
+field order, gives the same bytes. `id` and `at` are fixed when the event is built.
+
+Limits are refusals, never cuts: an event is at most 32 KiB, `metadata` 8 KiB, an id 128 characters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Annotated, Any, ClassVar, Final, Literal, NamedTuple
+from uuid import uuid4
+
+import orjson
+from pydantic import (
+    AfterValidator,
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    TypeAdapter,
+    ValidationError,
+)
+from pydantic_core import ErrorDetails
+
+from ledger.errors import InvalidEvent
+
+__all__ = [
+    "EVENT_BYTES_LIMIT",
+    "ID_LENGTH_LIMIT",
+    "METADATA_BYTES_LIMIT",
+    "Action",
+    "AgentRef",
+    "AgentRoleAssigned",
+    "AgentTrustAdjusted",
+    "ConstitutionActivated",
+    "Correlation",
+    "Decision",
+    "EncodedEvent",
+    "EscalationResolved",
+    "EscalationVoted",
+    "Event",
+    "Feedback",
+    "ModeChanged",
+    "ModelRef",
+    "Outcome",
+    "Overridden",
+    "PolicyActivated",
+    "PolicyDeactivated",
+    "PolicyRef",
+    "RuleHit",
+    "Threshold",
+    "ThresholdChanged",
+    "WaiverGranted",
+    "WaiverRevoked",
+    "encode",
+    "event_from_json",
+    "event_types",
+    "parse_stored",
+]
+
+EVENT_BYTES_LIMIT: Final = 32 * 1024
+METADATA_BYTES_LIMIT: Final = 8 * 1024
+ID_LENGTH_LIMIT: Final = 128
+_LIST_LIMIT: Final = 256
+_ENCODING: Final = orjson.OPT_SORT_KEYS | orjson.OPT_UTC_Z
+
+
+def _utc(moment: datetime) -> datetime:
+    return moment if moment.tzinfo is UTC else moment.astimezone(UTC)
+
+
+def _finite_json(value: Any) -> Any:
+    """JSON has no NaN or infinity, and the encoder would write null for them."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError("NaN and infinity are not JSON; leave the field out")
+    if isinstance(value, dict):
+        for item in value.values():
+            _finite_json(item)
+    elif isinstance(value, list):
+        for item in value:
+            _finite_json(item)
+    return value
+
+
+def _small_metadata(value: dict[str, Any]) -> dict[str, Any]:
+    try:
+        size = len(orjson.dumps(value))
+    except orjson.JSONEncodeError as error:
+        raise ValueError(str(error)) from None
+    if size > METADATA_BYTES_LIMIT:
+        raise ValueError(
+            f"metadata is {size} bytes of JSON, the limit is {METADATA_BYTES_LIMIT}: "
+            "store the rest elsewhere and record a reference"
+        )
+    return value
+
+
+def _policy(given: Any) -> Any:
+    policy_id, at, version = given.rpartition("@") if isinstance(given, str) else ("", "", "")
+    return {"id": policy_id, "version": version} if at else given
+
+
+def _many(given: Any) -> Any:
+    return given if given is None or isinstance(given, (list, tuple)) else [given]
+
+
+def _expand(fields: dict[str, Any]) -> dict[str, Any]:
+    """The shorthands of the Python constructors; JSON input has none of them."""
+    for field, inner in (("agent", "id"), ("action", "type")):
+        if isinstance(fields.get(field), str):
+            fields[field] = {inner: fields[field]}
+    if isinstance(fields.get("policy"), str):
+        fields["policy"] = _policy(fields["policy"])
+    if fields.get("policies") is not None:
+        fields["policies"] = [_policy(one) for one in _many(fields["policies"])]
+    if fields.get("rules") is not None:
+        rules = _many(fields["rules"])
+        fields["rules"] = [{"id": one} if isinstance(one, str) else one for one in rules]
+    return fields
+
+
+Id = Annotated[str, Field(min_length=1, max_length=ID_LENGTH_LIMIT, pattern=r"^[^\x00-\x1f\x7f]+$")]
+Name = Annotated[str, Field(min_length=1, max_length=512)]
+Moment = Annotated[AwareDatetime, AfterValidator(_utc)]
+FreeJson = Annotated[JsonValue, AfterValidator(_finite_json)]
+Metadata = Annotated[
+    dict[str, JsonValue], AfterValidator(_finite_json), AfterValidator(_small_metadata)
+]
+Share = Annotated[float, Field(ge=0, le=1)]
+Verdict = Literal["allow", "deny", "escalate", "transform", "abstain", "error"]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class AgentRef(_Part):
+    """Who asked to act."""
+
+    id: Id
+    maci_role: Name | None = None
+
+
+class Action(_Part):
+    """What the agent asked to do; `args_hash` instead of arguments, which may be secret."""
+
+    type: Name
+    resource: str | None = None
+    args_hash: Name | None = None
+    summary: str | None = None
+
+
+class PolicyRef(_Part):
+    """A policy that took part, by version."""
+
+    id: Name
+    version: Name
+    hash: Name | None = None
+
+
+class RuleHit(_Part):
+    """A rule that matched, and what it meant."""
+
+    id: Name
+    severity: Name | None = None
+    effect: Literal["violation", "warning", "match"] = "match"
+
+
+class Threshold(_Part):
+    """The threshold that the risk was held against."""
+
+    value: float
+    version: Annotated[int, Field(ge=0)] | None = None
+
+
+class ModelRef(_Part):
+    """The model behind the agent."""
+
+    id: Name
+    version: Name | None = None
+    cohort: Name | None = None
+
+
+class Correlation(_Part):
+    """Where this belongs in the caller's traces."""
+
+    request_id: Name | None = None
+    session_id: Name | None = None
+    trace_id: Name | None = None
+    causation_id: Name | None = None
+
+
+Names = Annotated[tuple[Name, ...], Field(max_length=_LIST_LIMIT)]
+
+
+class Event(_Part):
+    """What every event has. `at` is the engine's time; None means the ledger's own."""
+
+    SCHEMA_VERSION: ClassVar[int] = 1
+    """Of every model here; a model that must change what a field means gets a number of its own."""
+
+    type: str
+    id: Id = Field(default_factory=lambda: str(uuid4()))
+    at: Moment | None = Field(default_factory=lambda: datetime.now(UTC))
+    correlation: Correlation | None = None
+    metadata: Metadata | None = None
+
+    def __init__(self, **fields: Any) -> None:
+        """Raises InvalidEvent with every field that does not fit."""
+        try:
+            super().__init__(**_expand(fields))
+        except ValidationError as error:
+            raise _from_validation(error) from None
+
+    # Validation from JSON does not come by __init__; this keeps it as fast as it is without one.
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+
+class Decision(Event):
+    """What an engine decided. Strings are short for agent, action and `policy@version`."""
+
+    type: Literal["decision.recorded"] = "decision.recorded"
+    agent: AgentRef
+    action: Action
+    verdict: Verdict
+    constitutional_hash: Name | None = None
+    policies: Annotated[tuple[PolicyRef, ...], Field(max_length=_LIST_LIMIT)] | None = None
+    rules: Annotated[tuple[RuleHit, ...], Field(max_length=_LIST_LIMIT)] | None = None
+    risk_score: Share | None = None
+    impact_level: Literal["negligible", "low", "medium", "high", "critical"] | None = None
+    confidence: Share | None = None
+    threshold: Threshold | None = None
+    reason_codes: Names | None = None
+    reason: str | None = None
+    obligations: Annotated[tuple[FreeJson, ...], Field(max_length=_LIST_LIMIT)] | None = None
+    required_approvals: Annotated[int, Field(ge=0, le=1_000)] | None = None
+    expires_at: Moment | None = None
+    model: ModelRef | None = None
+    features: dict[str, float] | None = None
+    latency_ms: Annotated[float, Field(ge=0)] | None = None
+    tags: Names | None = None
+    redacted: Names | None = None
+
+    def __init__(self, **fields: Any) -> None:
+        """As `Event`; `policy=` is for the usual case of one policy."""
+        if "policy" in fields and "policies" not in fields:
+            fields["policies"] = fields.pop("policy")
+        super().__init__(**fields)
+
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+
+class EscalationVoted(Event):
+    """One reviewer's vote on an escalated decision."""
+
+    type: Literal["escalation.voted"] = "escalation.voted"
+    decision_id: Id
+    reviewer: Name
+    reviewer_kind: Literal["human", "service", "advisory"] = "human"
+    approve: bool
+    note: str | None = None
+
+
+class EscalationResolved(Event):
+    """The end of an escalation; expired counts as deny."""
+
+    type: Literal["escalation.resolved"] = "escalation.resolved"
+    decision_id: Id
+    resolution: Literal["approved", "rejected", "expired", "cancelled"]
+    reviewer: Name | None = None
+    reason: str | None = None
+
+
+class Overridden(Event):
+    """A person changed what a decision means; the decision itself stays."""
+
+    type: Literal["decision.overridden"] = "decision.overridden"
+    decision_id: Id
+    reviewer: Name
+    from_verdict: Verdict
+    to_verdict: Verdict
+    justification: str | None = None
+
+
+class Outcome(Event):
+    """What became of the action."""
+
+    type: Literal["outcome.reported"] = "outcome.reported"
+    decision_id: Id
+    outcome: Literal["succeeded", "failed", "blocked", "cancelled", "timed_out"]
+    reason: str | None = None
+
+
+class Feedback(Event):
+    """A reviewer's judgement of a decision, afterwards."""
+
+    type: Literal["feedback.recorded"] = "feedback.recorded"
+    decision_id: Id
+    reviewer: Name
+    feedback: Literal["positive", "negative", "neutral", "correction"]
+    correct_verdict: Verdict | None = None
+    reason: str | None = None
+
+
+class PolicyActivated(Event):
+    """A policy version is in force from here on."""
+
+    type: Literal["policy.activated"] = "policy.activated"
+    policy: PolicyRef
+
+
+class PolicyDeactivated(Event):
+    """A policy version is no longer in force."""
+
+    type: Literal["policy.deactivated"] = "policy.deactivated"
+    policy: PolicyRef
+
+
+class ConstitutionActivated(Event):
+    """The constitution, by hash, that decisions should name from here on."""
+
+    type: Literal["constitution.activated"] = "constitution.activated"
+    constitutional_hash: Name
+
+
+class ThresholdChanged(Event):
+    """A threshold moved; counts only where `old` is what it was."""
+
+    type: Literal["threshold.changed"] = "threshold.changed"
+    scope: Name
+    level: Name
+    old: float | None = None
+    new: float
+    cause: str | None = None
+
+
+class ModeChanged(Event):
+    """The governance mode, or whether learning is paused."""
+
+    type: Literal["mode.changed"] = "mode.changed"
+    mode: Literal["strict", "adaptive", "evolving", "degraded"]
+    learning_paused: bool | None = None
+
+
+class AgentRoleAssigned(Event):
+    """An agent's role."""
+
+    type: Literal["agent.role_assigned"] = "agent.role_assigned"
+    agent: AgentRef
+    role: Name
+
+
+class AgentTrustAdjusted(Event):
+    """A correction of an agent's trust."""
+
+    type: Literal["agent.trust_adjusted"] = "agent.trust_adjusted"
+    agent: AgentRef
+    delta: Annotated[float, Field(ge=-1, le=1)]
+    cause: str | None = None
+
+
+class WaiverGranted(Event):
+    """An exception from policy, until it expires."""
+
+    type: Literal["waiver.granted"] = "waiver.granted"
+    waiver_id: Id
+    scope: Name
+    expires_at: Moment | None = None
+    reason: str | None = None
+
+
+class WaiverRevoked(Event):
+    """The end of a waiver before its time."""
+
+    type: Literal["waiver.revoked"] = "waiver.revoked"
+    waiver_id: Id
+    reason: str | None = None
+
+
+AnyEvent = Annotated[
+    Decision
+    | EscalationVoted
+    | EscalationResolved
+    | Overridden
+    | Outcome
+    | Feedback
+    | PolicyActivated
+    | PolicyDeactivated
+    | ConstitutionActivated
+    | ThresholdChanged
+    | ModeChanged
+    | AgentRoleAssigned
+    | AgentTrustAdjusted
+    | WaiverGranted
+    | WaiverRevoked,
+    Field(discriminator="type"),
+]
+_ANY_EVENT: TypeAdapter[Event] = TypeAdapter(AnyEvent)
+
+
+class EncodedEvent(NamedTuple):
+    """An event as it is sent: `data` is what is stored, for ever, byte for byte."""
+
+    type: str
+    id: str
+    data: bytes
+    at_ms: int | None
+
+
+def encode(event: Event) -> EncodedEvent:
+    """The event's canonical bytes: sorted-key JSON of the fields that were set.
+
+    Raises:
+        InvalidEvent: it is more than 32 KiB, or holds what JSON cannot (an integer of over 64 bits).
+    """
+    fields = event.__pydantic_serializer__.to_python(event, exclude_unset=True)
+    fields["type"] = event.type
+    fields["id"] = event.id
+    if event.at is not None:
+        fields["at"] = event.at
+    try:
+        data = orjson.dumps(fields, option=_ENCODING)
+    except (orjson.JSONEncodeError, RecursionError) as error:
+        raise _invalid(event.id, [("", str(error))]) from None
+    if len(data) > EVENT_BYTES_LIMIT:
+        raise _too_large(event.id, fields, len(data))
+    at_ms = None if event.at is None else int(event.at.timestamp() * 1000)
+    return EncodedEvent(event.type, event.id, data, at_ms)
+
+
+def _too_large(event_id: str, fields: Mapping[str, Any], size: int) -> InvalidEvent:
+    sizes = {name: len(orjson.dumps(value, option=_ENCODING)) for name, value in fields.items()}
+    largest = max(sizes, key=lambda name: sizes[name])
+    reason = f"the event is {size} bytes, the limit is {EVENT_BYTES_LIMIT}; "
+    return _invalid(event_id, [(largest, f"{reason}this field alone is {sizes[largest]}")])
+
+
+def event_from_json(line: bytes | str) -> Event:
+    """One event from JSON as engines write it: `id` is required, an absent `at` stays absent.
+
+    An `at` made up here would differ at the next run, and a retry would then conflict with itself.
+
+    Raises:
+        InvalidEvent: not JSON, an unknown field or type, a value out of bounds, no id.
+    """
+    try:
+        event = _ANY_EVENT.validate_json(line)
+    except ValidationError as error:
+        raise _from_validation(error) from None
+    given = event.model_fields_set
+    if "id" not in given:
+        raise _invalid(None, [("id", "is required, so that the same line can be sent again safely")])
+    return event if "at" in given else event.model_copy(update={"at": None})
+
+
+def parse_stored(data: bytes) -> Event | dict[str, Any]:
+    """A stored event as a model; unknown fields are kept. What no model here fits (a newer
+    writer's type or value) comes back as the plain JSON object."""
+    try:
+        return _ANY_EVENT.validate_json(data, extra="allow")
+    except ValidationError:
+        plain: dict[str, Any] = orjson.loads(data)
+        return plain
+
+
+def event_types() -> dict[str, type[Event]]:
+    """Every `type` that can be recorded, with its model."""
+    return {kind.model_fields["type"].default: kind for kind in Event.__subclasses__()}
+
+
+def _from_validation(error: ValidationError) -> InvalidEvent:
+    details = error.errors(include_url=False, include_context=False)
+    return _invalid(None, [(_place(detail), _reason(detail)) for detail in details])
+
+
+def _place(detail: ErrorDetails) -> str:
+    known = event_types()
+    parts = [str(part) for part in detail["loc"] if part not in known]
+    return ".".join(parts)
+
+
+def _reason(detail: ErrorDetails) -> str:
+    if detail["type"] == "extra_forbidden":
+        return "is no field of this event; put your own data into metadata"
+    shown = ascii(detail.get("input"))
+    shown = shown if len(shown) <= 60 else f"{shown[:60]}…"
+    message = detail["msg"].removeprefix("Value error, ")
+    plain = detail["type"] in {"missing", "json_invalid", "union_tag_not_found", "value_error"}
+    return message if plain else f"{message}, got {shown}"
+
+
+def _invalid(event_id: str | None, problems: list[tuple[str, str]]) -> InvalidEvent:
+    where = f"event {event_id}: " if event_id else ""
+    shown = "; ".join(f"{field}: {reason}" if field else reason for field, reason in problems[:5])
+    more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+    return InvalidEvent(f"{where}{shown}{more}", problems=problems)

@@ -1,0 +1,353 @@
+#!lua name=govledger
+--[[ The server-side half of the ledger: all that must be atomic on a tenant's keys.
+
+VERSION grows with every change to this file (a test pins its digest); a client replaces an older
+library and never a newer one. OLDEST_CLIENT is the oldest protocol that this file still answers.
+
+Refusals of a whole call are error replies: a code of ours, then facts divided by spaces.
+Commit and publish never take the stream as a key, so a projector needs no right to write it. ]]
+
+local VERSION = 1
+local OLDEST_CLIENT = 1
+local CLOCK_SKEW_LIMIT_MS = 300000
+-- 15 digits are exact in a Lua number; a larger time half can only be foreign.
+local MAX_TIME_DIGITS = 15
+local FOREIGN_PAGE = 1000
+local FOREIGN_PAGES_PER_CALL = 5
+
+-- `redis.call` does not exist yet while the library loads.
+local function call(...)
+  return redis.call(...)
+end
+
+local function refuse(code, ...)
+  return redis.error_reply(code .. ' ' .. table.concat({...}, ' '))
+end
+
+local function protocol_refusal(protocol)
+  local wanted = tonumber(protocol)
+  if not wanted or wanted > VERSION then
+    return refuse('LEDGERLIBOLD', VERSION)
+  end
+  if wanted < OLDEST_CLIENT then
+    return refuse('LEDGERLIBNEW', VERSION, OLDEST_CLIENT)
+  end
+end
+
+local function server_now_ms()
+  local t = call('TIME')
+  return tonumber(t[1]) * 1000 + math.floor(tonumber(t[2]) / 1000)
+end
+
+local function split_id(id)
+  local time, seq = string.match(id, '^(%d+)-(%d+)$')
+  return time, seq
+end
+
+local function id_is_greater(a, b)
+  local a_time, a_seq = split_id(a)
+  local b_time, b_seq = split_id(b)
+  if #a_time ~= #b_time then return #a_time > #b_time end
+  if a_time ~= b_time then return a_time > b_time end
+  if #a_seq ~= #b_seq then return #a_seq > #b_seq end
+  return a_seq > b_seq
+end
+
+local function read_head(key)
+  local h = call('HMGET', key, 'epoch', 'id', 'seq', 'added', 'length', 'own', 'incidents')
+  if not h[1] then return nil end
+  return {epoch = h[1], id = h[2], seq = tonumber(h[3]), added = tonumber(h[4]),
+          length = tonumber(h[5]), own = tonumber(h[6]), incidents = tonumber(h[7])}
+end
+
+local function write_head(key, head)
+  call('HSET', key, 'epoch', head.epoch, 'id', head.id, 'seq', head.seq, 'added', head.added,
+       'length', head.length, 'own', head.own, 'incidents', head.incidents)
+end
+
+local function read_tail(stream)
+  if call('EXISTS', stream) == 0 then
+    return {id = '0-0', added = 0, length = 0}
+  end
+  local info = call('XINFO', 'STREAM', stream)
+  local tail = {}
+  for i = 1, #info, 2 do
+    if info[i] == 'length' then tail.length = info[i + 1]
+    elseif info[i] == 'last-generated-id' then tail.id = info[i + 1]
+    elseif info[i] == 'entries-added' then tail.added = info[i + 1] end
+  end
+  return tail
+end
+
+local function note_incident(head_key, head, now, incident)
+  head.incidents = head.incidents + 1
+  incident.noticed_ms = now
+  local text = cjson.encode(incident)
+  call('HSET', head_key, 'incident:' .. head.incidents, text)
+  return text
+end
+
+-- Foreign entries lie behind the last id the function knows; each consumes an ordinal.
+local function register_foreign(stream, head_key, head, now, notes)
+  local from, count, first, last = head.id, 0, nil, nil
+  for _ = 1, FOREIGN_PAGES_PER_CALL do
+    local page = call('XRANGE', stream, '(' .. from, '+', 'COUNT', FOREIGN_PAGE)
+    if #page == 0 then break end
+    first = first or page[1][1]
+    last = page[#page][1]
+    from = last
+    count = count + #page
+    if #page < FOREIGN_PAGE then break end
+  end
+  if count > 0 then
+    notes[#notes + 1] = note_incident(head_key, head, now, {kind = 'foreign', seq = head.seq + 1,
+      count = count, first_id = first, last_id = last})
+    head.seq = head.seq + count
+    head.id = last
+    head.length = head.length + count
+    head.added = head.added + count
+  end
+end
+
+-- A last id that is far ahead of the clock would make every later recorded time a lie.
+local function blocked(tail, head, now)
+  if not id_is_greater(tail.id, head.id) then return false end
+  local time = split_id(tail.id)
+  if #time > MAX_TIME_DIGITS then return true end
+  return tonumber(time) > math.max(now, tonumber((split_id(head.id)))) + CLOCK_SKEW_LIMIT_MS
+end
+
+-- Compares the stream with what the function last left there, and registers what others did.
+local function reconcile(stream, head_key, head, now)
+  local tail = read_tail(stream)
+  if tail.id == head.id and tail.added == head.added and tail.length == head.length then
+    return {}
+  end
+  if blocked(tail, head, now) then
+    return nil, refuse('LEDGERBLOCKED', tail.id, head.id, head.added)
+  end
+  local notes = {}
+  if tail.added < head.added then
+    notes[1] = note_incident(head_key, head, now, {kind = 'recreated', seq = head.seq,
+      count = head.length, first_id = tail.id, last_id = head.id})
+    -- Nothing says what lies at or below the old tail: count from what is there now.
+    head.added, head.length = tail.added, tail.length
+    if id_is_greater(tail.id, head.id) then head.length = 0 end
+  end
+  register_foreign(stream, head_key, head, now, notes)
+  if #call('XRANGE', stream, '(' .. head.id, '+', 'COUNT', 1) > 0 then
+    write_head(head_key, head)
+    return nil, refuse('LEDGERFOREIGN', head.seq, head.id)
+  end
+  if tail.length < head.length then
+    notes[#notes + 1] = note_incident(head_key, head, now, {kind = 'missing', seq = head.seq,
+      count = head.length - tail.length, first_id = tail.id, last_id = head.id})
+  elseif id_is_greater(tail.id, head.id) or tail.added ~= head.added then
+    notes[#notes + 1] = note_incident(head_key, head, now, {kind = 'moved', seq = head.seq,
+      count = 0, first_id = head.id, last_id = tail.id})
+  end
+  head.length, head.added = tail.length, tail.added
+  if id_is_greater(tail.id, head.id) then head.id = tail.id end
+  write_head(head_key, head)
+  return notes
+end
+
+-- The id's time half never goes back; its seq half is the ordinal, so a foreign id in the same
+-- millisecond with a larger seq half pushes the time on by one.
+local function next_time_ms(head, now)
+  local time, seq = split_id(head.id)
+  time = tonumber(time)
+  if now > time then return now end
+  if tonumber(seq) > head.seq then return time + 1 end
+  return time
+end
+
+-- Groups in ARGV, each: expected seq (-1: any), latest `at` in ms, count, then per event
+-- type, id, data, SHA-256 of data.
+local EVENT_ARGS = 4
+local FIRST_GROUP = 5
+
+local function read_groups(args)
+  local groups, ids, at = {}, {}, FIRST_GROUP
+  while at <= #args do
+    local group = {expected = tonumber(args[at]), latest_at = tonumber(args[at + 1]),
+                   count = tonumber(args[at + 2]), first = at + 3}
+    for event = group.first, group.first + (group.count - 1) * EVENT_ARGS, EVENT_ARGS do
+      ids[#ids + 1] = args[event + 1]
+    end
+    groups[#groups + 1] = group
+    at = group.first + group.count * EVENT_ARGS
+  end
+  return groups, ids
+end
+
+-- Index value: 6 bytes ms, 6 bytes seq (big-endian), 32 bytes SHA-256 of data.
+local function index_value(ms, seq, sha256)
+  return struct.pack('>I6I6', ms, seq) .. sha256
+end
+
+-- Plans one group against what is known: its new events, its duplicates, or the refusal.
+local function plan(group, args, known, head, ms)
+  local new, duplicates, seq = {}, {}, head.seq
+  for event = group.first, group.first + (group.count - 1) * EVENT_ARGS, EVENT_ARGS do
+    local id, sha256 = args[event + 1], args[event + 3]
+    local value = known[id]
+    local offset = (event - group.first) / EVENT_ARGS
+    if not value then
+      seq = seq + 1
+      known[id] = index_value(ms, seq, sha256)
+      new[#new + 1] = event
+    else
+      local old_ms, old_seq = struct.unpack('>I6I6', value)
+      if string.sub(value, 13) ~= sha256 then
+        return new, {1, offset, old_ms, old_seq, string.sub(value, 13)}
+      end
+      duplicates[#duplicates + 1] = offset
+      duplicates[#duplicates + 1] = old_ms
+      duplicates[#duplicates + 1] = old_seq
+    end
+  end
+  if #new > 0 and group.expected >= 0 and group.expected ~= head.seq then
+    return new, {2, head.seq}
+  end
+  if #new > 0 and group.latest_at > ms + CLOCK_SKEW_LIMIT_MS then
+    return new, {3, ms}
+  end
+  return new, nil, duplicates
+end
+
+local function write_group(stream, new, args, known, head, ms, index_args)
+  local prefix = string.format('%.0f-', ms)
+  for _, event in ipairs(new) do
+    local id = args[event + 1]
+    head.seq = head.seq + 1
+    call('XADD', stream, prefix .. string.format('%.0f', head.seq),
+         'type', args[event], 'id', id, 'data', args[event + 2])
+    index_args[#index_args + 1] = id
+    index_args[#index_args + 1] = known[id]
+  end
+end
+
+local function append_groups(keys, args, head, ms)
+  local groups, ids = read_groups(args)
+  local found, known = call('HMGET', keys[3], unpack(ids)), {}
+  for i, value in ipairs(found) do
+    if value then known[ids[i]] = value end
+  end
+  local results, index_args, before = {}, {}, head.seq
+  for g, group in ipairs(groups) do
+    local first_seq = head.seq + 1
+    local new, refusal, duplicates = plan(group, args, known, head, ms)
+    if refusal then
+      for _, event in ipairs(new) do known[args[event + 1]] = nil end
+      results[g] = refusal
+    else
+      write_group(keys[1], new, args, known, head, ms, index_args)
+      results[g] = {0, ms, first_seq, duplicates}
+    end
+  end
+  if #index_args > 0 then
+    call('HSET', keys[3], unpack(index_args))
+    local written = head.seq - before
+    head.id = string.format('%.0f-%.0f', ms, head.seq)
+    head.added, head.length = head.added + written, head.length + written
+    head.own = head.own + written
+    write_head(keys[2], head)
+  end
+  return results, #index_args > 0
+end
+
+-- KEYS: stream, head, index. ARGV: protocol, client's ms, flags, epoch for a new tenant, groups.
+-- Flags: `r` the tenant's name is in the registry; `w` make an effective write in any case.
+local function append(keys, args)
+  local refusal = protocol_refusal(args[1])
+  if refusal then return refusal end
+  local now = server_now_ms()
+  if math.abs(now - tonumber(args[2])) > CLOCK_SKEW_LIMIT_MS then
+    return refuse('LEDGERSKEW', string.format('%.0f', now))
+  end
+  local head = read_head(keys[2])
+  if not head then
+    if call('EXISTS', keys[1], keys[3]) > 0 then return refuse('LEDGERNOHEAD') end
+    if not string.find(args[3], 'r', 1, true) then return refuse('LEDGERUNREGISTERED') end
+    head = {epoch = args[4], id = '0-0', seq = 0, added = 0, length = 0, own = 0, incidents = 0}
+  end
+  local notes, blocked_reply = reconcile(keys[1], keys[2], head, now)
+  if not notes then return blocked_reply end
+  local indexed = call('HLEN', keys[3])
+  if indexed ~= head.own then return refuse('LEDGERBEHIND', indexed, head.own) end
+  local results, wrote = append_groups(keys, args, head, next_time_ms(head, now))
+  if not wrote and string.find(args[3], 'w', 1, true) then
+    call('HINCRBY', keys[2], 'touched', 1)
+  end
+  return {head.epoch, notes, results}
+end
+
+-- Puts a rebuilt index in place if it covers the stream to the tail that the caller read.
+-- KEYS: stream, head, index, rebuilt index. ARGV: protocol, epoch for a lost head, the tail read:
+-- last id, ordinal, own entries, entries added, length.
+local function finish_reindex(keys, args)
+  local refusal = protocol_refusal(args[1])
+  if refusal then return refusal end
+  local tail, head = read_tail(keys[1]), read_head(keys[2])
+  if tail.id ~= args[3] or tail.added ~= tonumber(args[6]) or tail.length ~= tonumber(args[7]) then
+    return refuse('LEDGERMOVED', tail.id)
+  end
+  local own, rebuilt = tonumber(args[5]), call('HLEN', keys[4])
+  if own ~= rebuilt then return refuse('LEDGERBEHIND', rebuilt, own) end
+  if not head then
+    head = {epoch = args[2], incidents = 0}
+    note_incident(keys[2], head, server_now_ms(), {kind = 'headless', seq = tonumber(args[4]),
+      count = own, first_id = '0-0', last_id = tail.id})
+  end
+  head.id, head.seq, head.own = tail.id, tonumber(args[4]), own
+  head.added, head.length = tail.added, tail.length
+  call('DEL', keys[3])
+  if own > 0 then call('RENAME', keys[4], keys[3]) end
+  write_head(keys[2], head)
+  return own
+end
+
+-- KEYS: a projection's hash, then its buckets. ARGV: protocol, position folded from ('' = none),
+-- position folded to, then triples: number of the key in KEYS, field, value.
+local function commit(keys, args)
+  local refusal = protocol_refusal(args[1])
+  if refusal then return refusal end
+  local committed = call('HGET', keys[1], 'position') or ''
+  if committed ~= args[2] then return refuse('LEDGERPOSITION', committed) end
+  call('HSET', keys[1], 'position', args[3])
+  for i = 4, #args, 3 do
+    call('HSET', keys[tonumber(args[i])], args[i + 1], args[i + 2])
+  end
+  return 1
+end
+
+-- Everything after the value in an envelope that `publish` wrote; anchored, as a value can hold anything.
+local ENVELOPE_TAIL = '"createdAt":"([^"]*)","updatedAt":"[^"]*","metadata":{"epoch":"(%x+)",'
+  .. '"position":"[^"]*","seq":(%d+),[^{}]*}}$'
+local ENVELOPE_TAIL_BYTES = 600
+
+-- KEYS: the published key. ARGV: protocol, value, now as ISO 8601, epoch, seq, metadata, TTL in s (0 = none).
+-- Answers 1, or 0 where a later state of the same epoch is there already.
+local function publish(keys, args)
+  local refusal = protocol_refusal(args[1])
+  if refusal then return refusal end
+  local tail = call('GETRANGE', keys[1], -ENVELOPE_TAIL_BYTES, -1)
+  local created, epoch, seq = string.match(tail, ENVELOPE_TAIL)
+  if epoch == args[4] and tonumber(seq) > tonumber(args[5]) then return 0 end
+  local envelope = '{"value":' .. args[2] .. ',"createdAt":"' .. (created or args[3])
+    .. '","updatedAt":"' .. args[3] .. '","metadata":' .. args[6] .. '}'
+  if tonumber(args[7]) > 0 then
+    call('SET', keys[1], envelope, 'EX', args[7])
+  else
+    call('SET', keys[1], envelope)
+  end
+  return 1
+end
+
+redis.register_function('govledger_append', append)
+redis.register_function('govledger_finish_reindex', finish_reindex)
+redis.register_function('govledger_commit', commit)
+redis.register_function('govledger_publish', publish)
+redis.register_function{function_name = 'govledger_version', flags = {'no-writes'},
+  callback = function() return {VERSION, OLDEST_CLIENT} end}

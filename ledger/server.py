@@ -1,0 +1,692 @@
+"""One way to a server, whatever its kind: standalone, TLS, Sentinel, Cluster or embedded.
+
+Everything goes through `Server.exchange`: packed commands out, raw replies in, on a connection to
+the node that holds the key. redis-py keeps connections, TLS, authentication and topology; its own
+retries are off, since they repeat a write blindly. Ours repeat only what is safe to repeat, and all
+that this project sends is: an append carries ids, a commit carries the position it began from.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import ssl
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Final, Protocol, Self
+from urllib.parse import unquote, urlsplit
+
+from redis import exceptions as redis_errors
+from redis.asyncio import ConnectionPool, RedisCluster
+from redis.asyncio.connection import AbstractConnection
+from redis.asyncio.retry import Retry
+from redis.asyncio.sentinel import Sentinel
+from redis.backoff import NoBackoff
+from redis.maint_notifications import MaintNotificationsConfig
+
+from ledger import errors, keys
+from ledger.embedded import EmbeddedServer
+from ledger.settings import Settings
+
+__all__ = ["LIBRARY_VERSION", "NodeSettings", "Reply", "Server", "library_source", "pack"]
+
+LIBRARY_VERSION: Final = 1
+"""The protocol this client speaks, and the version of functions.lua that it ships."""
+
+REPLY_TIMEOUT_S: Final = 10.0
+CONNECT_TIMEOUT_S: Final = 5.0
+BACKOFF_BASE_S: Final = 0.05
+BACKOFF_CAP_S: Final = 2.0
+SETTINGS_AGE_LIMIT_S: Final = 1.0
+"""How old the server settings behind a receipt's durability may be."""
+
+Reply = Any
+_log = logging.getLogger("ledger")
+
+_RETRYABLE: Final = (errors.ServerUnreachable, errors.ServerLoading, errors.EmbeddedServerError)
+
+
+def pack(*args: bytes | str | int) -> bytes:
+    """A command in RESP, as the Redis protocol specification has it."""
+    parts = [b"*%d\r\n" % len(args)]
+    for arg in args:
+        raw = arg if isinstance(arg, bytes) else str(arg).encode()
+        parts.append(b"$%d\r\n%b\r\n" % (len(raw), raw))
+    return b"".join(parts)
+
+
+@cache
+def library_source() -> bytes:
+    """The text of the function library that this release ships."""
+    return (files("ledger") / "functions.lua").read_bytes()
+
+
+@dataclass(frozen=True, slots=True)
+class NodeSettings:
+    """What decides durability on one node; None = could not be read."""
+
+    appendonly: str | None = None
+    appendfsync: str | None = None
+    no_fsync_on_rewrite: str | None = None
+    maxmemory_policy: str | None = None
+    run_id: str | None = None
+    version: str | None = None
+    read_at: float = field(default_factory=time.monotonic)
+
+    @property
+    def fsyncs_every_ack(self) -> bool:
+        """Whether an acknowledgement follows the fsync of what it acknowledges."""
+        return (self.appendonly, self.appendfsync, self.no_fsync_on_rewrite) == (
+            "yes",
+            "always",
+            "no",
+        )
+
+    @property
+    def evicts_ledger_keys(self) -> bool:
+        """Whether the eviction policy can drop keys that have no TTL."""
+        return (self.maxmemory_policy or "").startswith("allkeys-")
+
+
+class _Node(Protocol):
+    """Where connections to one server are had: ours below, or redis-py's ClusterNode."""
+
+    def acquire_connection(self) -> AbstractConnection: ...
+    def release(self, connection: AbstractConnection) -> None: ...
+
+
+class _Pool:
+    """Idle connections to one address. redis-py's own pool costs a probe for each use."""
+
+    def __init__(self, maker: ConnectionPool) -> None:
+        self._maker = maker
+        self._idle: deque[AbstractConnection] = deque()
+
+    def acquire_connection(self) -> AbstractConnection:
+        return self._idle.pop() if self._idle else self._maker.make_connection()
+
+    def release(self, connection: AbstractConnection) -> None:
+        self._idle.append(connection)
+
+    async def aclose(self) -> None:
+        while self._idle:
+            await self._idle.pop().disconnect()
+        await self._maker.disconnect()
+
+
+class Server:
+    """A connection to where the ledger lives. Make it with `Server.open`."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.address = _address(settings.redis_url)
+        self.embedded: EmbeddedServer | None = None
+        self._pool: _Pool | None = None
+        self._cluster: RedisCluster | None = None
+        self._node_settings: dict[str, NodeSettings] = {}
+
+    @classmethod
+    async def open(cls, settings: Settings) -> Self:
+        """Connects, and finds out what kind of server answers.
+
+        Raises:
+            InvalidSetting: the URL cannot be used.
+            Unavailable: nobody answers, or not us; the subclass says why.
+        """
+        server = cls(settings)
+        try:
+            await server._connect()
+        except BaseException:
+            await server.aclose()
+            raise
+        return server
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Closes every connection and, for an embedded server, leaves it to its other users."""
+        if self._pool:
+            await self._pool.aclose()
+        if self._cluster:
+            await self._cluster.aclose()
+        if self.embedded:
+            await asyncio.to_thread(self.embedded.release)
+
+    async def _connect(self) -> None:
+        url = self.settings.redis_url
+        scheme = urlsplit(url).scheme
+        if scheme == "embedded":
+            self.embedded = await asyncio.to_thread(EmbeddedServer.acquire, _embedded_path(url))
+            url = self.embedded.url
+        if scheme == "redis+sentinel":
+            self._pool = _Pool(_sentinel_pool(self.settings))
+        else:
+            self._pool = _Pool(_pool(url, self.settings))
+        if scheme in ("redis", "rediss") and await self._is_cluster():
+            await self._pool.aclose()
+            self._pool = None
+            self._cluster = _cluster(url, self.settings)
+            await self._cluster_topology()
+
+    async def _is_cluster(self) -> bool:
+        try:
+            info = await self.command("", "INFO", "cluster")
+        except errors.PermissionDenied:
+            return False
+        return b"cluster_enabled:1" in _raw(info)
+
+    async def _cluster_topology(self) -> None:
+        assert self._cluster is not None
+        try:
+            if self._cluster._initialize:  # noqa: SLF001 - its first initialize() has no other test
+                await self._cluster.initialize()
+            else:
+                await self._cluster.nodes_manager.initialize()
+        except (redis_errors.RedisError, OSError) as error:
+            raise translate(error, self.address) from error
+
+    # -- one exchange -------------------------------------------------------------------------
+
+    async def command(self, key: str, *args: bytes | str | int) -> Reply:
+        """One command, to the node that holds `key` ("" = any); its reply, or a LedgerError."""
+        (reply,) = await self.exchange(key, [pack(*args)], 1)
+        return self.checked(reply)
+
+    async def function(self, name: str, on: Iterable[str], *args: bytes | str | int) -> Reply:
+        """One call of our function library, loading or upgrading it where that is needed."""
+        on = tuple(on)
+        packed = [pack("FCALL", name, len(on), *on, LIBRARY_VERSION, *args)]
+        (reply,) = await self.exchange_function(on[0], packed, 1)
+        return self.checked(reply)
+
+    async def exchange_function(self, key: str, packed: list[bytes], replies: int) -> list[Reply]:
+        """`exchange` whose first reply is a function's; retried once the library is there."""
+        got = await self.exchange(key, packed, replies)
+        if isinstance(got[0], redis_errors.ResponseError) and _library_is_old(got[0]):
+            await self.load_library(key)
+            got = await self.exchange(key, packed, replies)
+        return got
+
+    def checked(self, reply: Reply) -> Reply:
+        """`reply` itself; an error reply is raised as what it means."""
+        if isinstance(reply, Exception):
+            raise translate(reply, self.address)
+        return reply
+
+    async def exchange(
+        self, key: str, packed: list[bytes], replies: int, *, timeout_s: float = REPLY_TIMEOUT_S
+    ) -> list[Reply]:
+        """Sends `packed` and reads `replies` replies, error replies among them as values.
+
+        What breaks is tried again up to MEMORY_MAX_RECONNECT_ATTEMPTS times, with full jitter
+        between 0 and a doubling bound of 50 ms to 2 s (the first time at once: an idle connection
+        may just be stale). So send only what may be executed twice.
+
+        Raises:
+            Unavailable: the attempts ran out, or trying again would not help.
+        """
+        attempts = self.settings.memory_max_reconnect_attempts
+        for attempt in range(attempts + 1):
+            try:
+                return await self._exchange_once(key, packed, replies, timeout_s)
+            except _RETRYABLE as error:
+                if attempt == attempts:
+                    error.facts["attempts"] = attempt + 1
+                    raise
+            await self._recover(attempt)
+        raise AssertionError("unreachable")
+
+    async def _exchange_once(
+        self, key: str, packed: list[bytes], replies: int, timeout_s: float
+    ) -> list[Reply]:
+        try:
+            async with self._connection(key) as connection, asyncio.timeout(timeout_s):
+                await connection.send_packed_command(packed, check_health=False)
+                got = [await _reply(connection) for _ in range(replies)]
+        except (redis_errors.RedisError, OSError) as error:
+            raise translate(error, self.address) from error
+        if replies and isinstance(got[0], redis_errors.ResponseError):
+            return await self._redirected(got, packed, replies, timeout_s)
+        return got
+
+    async def _redirected(
+        self, got: list[Reply], packed: list[bytes], replies: int, timeout_s: float
+    ) -> list[Reply]:
+        """Follows one ASK; MOVED, LOADING and their like become errors worth another attempt."""
+        error = got[0]
+        if isinstance(error, redis_errors.AskError) and self._cluster:
+            node = self._cluster.get_node(host=error.host, port=error.port)
+            if node is not None:
+                connection = node.acquire_connection()
+                try:
+                    async with asyncio.timeout(timeout_s):
+                        asking = [pack("ASKING"), *packed]
+                        await connection.send_packed_command(asking, check_health=False)
+                        return [await _reply(connection) for _ in range(replies + 1)][1:]
+                except (redis_errors.RedisError, OSError) as broken:
+                    raise translate(broken, self.address) from broken
+                finally:
+                    node.release(connection)
+        named = translate(error, self.address)
+        if isinstance(named, _RETRYABLE):
+            raise named from error
+        return got
+
+    @asynccontextmanager
+    async def _connection(self, key: str) -> AsyncIterator[AbstractConnection]:
+        node = self._node(key)
+        connection = node.acquire_connection()
+        try:
+            if not connection.is_connected:
+                await connection.connect()
+            yield connection
+        except BaseException:
+            await connection.disconnect(nowait=True)
+            raise
+        finally:
+            node.release(connection)
+
+    def _node(self, key: str) -> _Node:
+        if self._pool:
+            return self._pool
+        if self._cluster is None:
+            raise errors.ServerUnreachable(f"{self.address}: the connection is closed")
+        try:
+            node = self._cluster.get_node_from_key(key) if key else self._cluster.get_default_node()
+        except redis_errors.RedisError as error:
+            raise translate(error, self.address) from error
+        if node is None:
+            raise errors.ServerUnreachable(f"{self.address}: no cluster node serves {key}")
+        return node  # type: ignore[no-any-return]
+
+    async def _recover(self, attempt: int) -> None:
+        self._node_settings.clear()
+        if attempt:
+            bound_s = min(BACKOFF_CAP_S, BACKOFF_BASE_S * 2.0**attempt)
+            await asyncio.sleep(random.uniform(0, bound_s))  # noqa: S311 - jitter, no secret
+        try:
+            if self.embedded:
+                await asyncio.to_thread(self.embedded.ensure_running)
+            if self._cluster:
+                await self._cluster_topology()
+        except errors.Unavailable as error:
+            _log.debug("not back yet: %s", error)
+
+    # -- the function library -----------------------------------------------------------------
+
+    async def load_library(self, key: str = "") -> None:
+        """Puts our function library on every primary, unless a newer one is there.
+
+        Raises:
+            FunctionMissing: this user may not load it.
+        """
+        source = library_source()
+        for node_key in self._primary_keys() if self._cluster else [key]:
+            await self._load_on(node_key, source)
+
+    async def _load_on(self, key: str, source: bytes) -> None:
+        for _ in range(3):  # another client may load meanwhile; then look again
+            version = await self.library_version(key)
+            if version is not None and version >= LIBRARY_VERSION:
+                return
+            load = ["FUNCTION", "LOAD", *(["REPLACE"] if version is not None else []), source]
+            (reply,) = await self.exchange(key, [pack(*load)], 1)
+            if not isinstance(reply, Exception):
+                return
+            if "already exists" not in str(reply):
+                named = translate(reply, self.address)
+                if isinstance(named, errors.PermissionDenied):
+                    raise _function_missing(self.address) from reply
+                raise named from reply
+
+    async def library_version(self, key: str = "") -> int | None:
+        """The version of the function library on the node of `key`; None = it has none."""
+        (reply,) = await self.exchange(key, [pack("FCALL_RO", "govledger_version", 0)], 1)
+        if isinstance(reply, Exception):
+            if "Function not found" in str(reply):
+                return None
+            raise translate(reply, self.address) from reply
+        return int(reply[0])
+
+    def _primary_keys(self) -> list[str]:
+        """For each primary a key that it holds, so that commands find it by the usual way."""
+        assert self._cluster is not None
+        missing = {node.name for node in self._cluster.get_primaries()}
+        found = []
+        for n in range(200_000):
+            key = f"{{{n}}}"
+            node = self._cluster.get_node_from_key(key)
+            if node is not None and node.name in missing:
+                missing.discard(node.name)
+                found.append(key)
+            if not missing:
+                break
+        return found
+
+    # -- what the server's settings mean ------------------------------------------------------
+
+    SETTINGS_COMMANDS: Final = (
+        pack("CONFIG", "GET", "append*", "maxmemory-policy", "no-appendfsync-on-rewrite"),
+        pack("INFO", "server"),
+        pack("INFO", "memory"),
+    )
+
+    def _settings_slot(self, key: str) -> str:
+        if self._cluster:
+            node = self._cluster.get_node_from_key(key)
+            return str(node.name) if node else ""
+        return ""
+
+    def known_settings(self, key: str) -> NodeSettings | None:
+        """The settings of the node of `key` where they are known and fresh."""
+        known = self._node_settings.get(self._settings_slot(key))
+        if known and time.monotonic() - known.read_at < SETTINGS_AGE_LIMIT_S:
+            return known
+        return None
+
+    def never_asked(self, key: str) -> bool:
+        """Whether nothing is known of the node of `key`, not even an old reading."""
+        return self._settings_slot(key) not in self._node_settings
+
+    async def node_settings(self, key: str) -> NodeSettings:
+        """The settings of the node of `key`, at most a second old."""
+        known = self.known_settings(key)
+        if known:
+            return known
+        replies = await self.exchange(key, list(self.SETTINGS_COMMANDS), len(self.SETTINGS_COMMANDS))
+        return await self.take_settings(key, replies)
+
+    async def take_settings(self, key: str, replies: list[Reply]) -> NodeSettings:
+        """Keeps what the replies to SETTINGS_COMMANDS say."""
+        config, server, memory = replies
+        info = {**_info(server), **_info(memory)}
+        seen = _config(config)
+        if not seen and info.get("run_id"):
+            seen = await self._attested(info["run_id"])
+        known = NodeSettings(
+            appendonly=seen.get("appendonly"),
+            appendfsync=seen.get("appendfsync"),
+            no_fsync_on_rewrite=seen.get("no-appendfsync-on-rewrite"),
+            maxmemory_policy=seen.get("maxmemory-policy") or info.get("maxmemory_policy"),
+            run_id=info.get("run_id"),
+            version=info.get("valkey_version") or info.get("redis_version"),
+        )
+        self._node_settings[self._settings_slot(key)] = known
+        return known
+
+    async def _attested(self, run_id: str) -> dict[str, str]:
+        """What an operator's process left about this very server process, for those who may not
+        read CONFIG; nothing once it has expired."""
+        key = keys.attestation(run_id)
+        (reply,) = await self.exchange(key, [pack("HGETALL", key)], 1)
+        return {} if isinstance(reply, Exception) else _config(reply)
+
+    async def attest(self, key: str = "") -> None:
+        """Leaves what CONFIG says of the node of `key` for clients that may not read it."""
+        self._node_settings.clear()
+        seen = await self.node_settings(key)
+        if seen.run_id is None or seen.appendonly is None:
+            return
+        where = keys.attestation(seen.run_id)
+        fields = {
+            "appendonly": seen.appendonly,
+            "appendfsync": seen.appendfsync or "",
+            "no-appendfsync-on-rewrite": seen.no_fsync_on_rewrite or "",
+            "maxmemory-policy": seen.maxmemory_policy or "",
+            "checked_at_ms": str(time.time_ns() // 1_000_000),
+        }
+        flat = [part for pair in fields.items() for part in pair]
+        await self.command(where, "HSET", where, *flat)
+        await self.command(where, "EXPIRE", where, keys.ATTESTATION_TTL_SECONDS)
+
+
+async def _reply(connection: AbstractConnection) -> Reply:
+    try:
+        return await connection.read_response(disable_decoding=True, disconnect_on_error=False)
+    except redis_errors.ResponseError as error:
+        return error
+    except redis_errors.BusyLoadingError as error:  # a ConnectionError by class, a reply by nature
+        return error
+
+
+def _raw(reply: Reply) -> bytes:
+    return reply if isinstance(reply, bytes) else b""
+
+
+def _info(reply: Reply) -> dict[str, str]:
+    if isinstance(reply, Exception):
+        return {}
+    lines = (line.partition(":") for line in _raw(reply).decode().splitlines())
+    return {name: value for name, _, value in lines}
+
+
+def _config(reply: Reply) -> dict[str, str]:
+    """CONFIG GET and HGETALL: a map with RESP3."""
+    if not isinstance(reply, dict):
+        return {}
+    return {name.decode(): value.decode() for name, value in reply.items()}
+
+
+# -- addresses and pools -----------------------------------------------------------------------
+
+_SCHEMES: Final = ("redis", "rediss", "unix", "embedded", "redis+sentinel")
+
+
+def _address(url: str) -> str:
+    """The URL without user, password and query: safe to show."""
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname or "", f":{parts.port}" if parts.port else ""
+    except ValueError as error:
+        raise errors.InvalidSetting(f"REDIS_URL: {error}", hint=_URL_HINT) from None
+    if parts.scheme not in _SCHEMES:
+        raise errors.InvalidSetting(
+            f"REDIS_URL: unknown scheme {parts.scheme!r}", hint=_URL_HINT, scheme=parts.scheme
+        )
+    return f"{parts.scheme}://{host}{port}{parts.path}"
+
+
+_URL_HINT: Final = (
+    "use redis://host:6379, rediss://host:6380, unix:///path.sock, embedded:///data/dir or "
+    "redis+sentinel://host:26379/service"
+)
+
+
+def _embedded_path(url: str) -> Path:
+    parts = urlsplit(url)
+    path = unquote(parts.path)
+    if parts.netloc or not path.startswith("/") or path == "/":
+        raise errors.InvalidSetting(
+            f"REDIS_URL: {url!r} names no data directory", hint="embedded:///absolute/directory"
+        )
+    return Path(path)
+
+
+def _connection_options(settings: Settings, url: str) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        "protocol": 3,
+        "legacy_responses": False,
+        "socket_timeout": None,
+        "socket_connect_timeout": CONNECT_TIMEOUT_S,
+        "retry": Retry(NoBackoff(), 0),
+    }
+    if settings.redis_password and not urlsplit(url).password:
+        options["password"] = settings.redis_password.get_secret_value()
+    return options
+
+
+def _pool(url: str, settings: Settings) -> ConnectionPool:
+    options = _connection_options(settings, url)
+    options["maint_notifications_config"] = MaintNotificationsConfig(enabled=False)
+    try:
+        return ConnectionPool.from_url(url, **options)
+    except (ValueError, redis_errors.RedisError) as error:
+        raise errors.InvalidSetting(f"REDIS_URL: {error}", hint=_URL_HINT) from None
+
+
+def _cluster(url: str, settings: Settings) -> RedisCluster:
+    options = _connection_options(settings, url)
+    options["maint_notifications_config"] = MaintNotificationsConfig(enabled=False)
+    return RedisCluster.from_url(url, cluster_error_retry_attempts=0, **options)
+
+
+def _sentinel_pool(settings: Settings) -> ConnectionPool:
+    parts = urlsplit(settings.redis_url)
+    service = parts.path.strip("/") or "mymaster"
+    hosts = parts.netloc.rpartition("@")[2].split(",")
+    addresses = [(host.partition(":")[0], int(host.partition(":")[2] or 26379)) for host in hosts]
+    options = _connection_options(settings, f"redis://{parts.netloc.split(',')[0]}")
+    options.pop("retry")
+    sentinel = Sentinel(addresses, socket_timeout=CONNECT_TIMEOUT_S)
+    if parts.password:
+        options["password"] = unquote(parts.password)
+    return sentinel.master_for(service, retry=Retry(NoBackoff(), 0), **options).connection_pool
+
+
+# -- errors ------------------------------------------------------------------------------------
+
+
+def _library_is_old(error: Exception) -> bool:
+    text = str(error)
+    return "Function not found" in text or text.startswith("LEDGERLIBOLD")
+
+
+def _function_missing(address: str) -> errors.FunctionMissing:
+    return errors.FunctionMissing(
+        f"{address}: the function library `govledger` is not loaded, and this user may not load it",
+        hint="let an operator's `govledger project` connect once, or grant +function|load",
+    )
+
+
+def translate(error: BaseException, address: str) -> errors.LedgerError:
+    """What a redis-py or socket error means for the ledger, with what to do about it."""
+    text = str(error) or type(error).__name__
+    if isinstance(error, errors.LedgerError):
+        return error
+    if _is_tls(error):
+        return errors.TlsFailed(
+            f"{address}: TLS failed: {text}",
+            hint="is this the TLS port, and is its CA trusted? ?ssl_ca_certs=/path/ca.pem in the URL",
+        )
+    for fits, build in _BY_REPLY:
+        if fits(error, text):
+            kind, message, hint = build
+            return kind(f"{address}: {message}: {text}", hint=hint)
+    if isinstance(error, redis_errors.ResponseError):
+        return errors.ServerError(f"{address}: {text}", hint=None)
+    return errors.ServerUnreachable(
+        f"{address}: cannot be reached: {text}",
+        hint="is the server up, and is REDIS_URL right (rediss:// for TLS)? "
+        "What was in flight may be recorded; sending it again with the same id is safe",
+    )
+
+
+def _is_tls(error: BaseException | None) -> bool:
+    seen = 0
+    while error is not None and seen < 8:
+        if isinstance(error, ssl.SSLError):
+            return True
+        error, seen = error.__cause__ or error.__context__, seen + 1
+    return False
+
+
+def _starts(*codes: str) -> Any:
+    return lambda _, text: text.startswith(codes)
+
+
+
+def _says(part: str) -> Any:
+    return lambda _, text: part in text
+
+
+_BY_REPLY: Final[list[tuple[Any, tuple[type[errors.LedgerError], str, str]]]] = [
+    (
+        lambda error, text: isinstance(error, redis_errors.AuthenticationError)
+        or text.startswith(("NOAUTH", "WRONGPASS", "DENIED")),
+        (
+            errors.AuthenticationFailed,
+            "authentication failed",
+            "set REDIS_PASSWORD (or user and password in REDIS_URL) to what the server expects",
+        ),
+    ),
+    (
+        lambda error, text: isinstance(error, redis_errors.NoPermissionError)
+        or text.startswith("NOPERM")
+        or "ermission" in text.split(" script: ")[0] and "script" in text,
+        (
+            errors.PermissionDenied,
+            "the server's ACL denies this user",
+            "grant the command and key pattern named here; README, Access control, has the recipes",
+        ),
+    ),
+    (
+        lambda error, text: isinstance(error, redis_errors.ReadOnlyError)
+        or text.startswith("READONLY"),
+        (
+            errors.ReadOnlyReplica,
+            "this node is a read-only replica",
+            "connect to the primary, or by redis+sentinel:// or a cluster URL that finds it",
+        ),
+    ),
+    (
+        lambda error, text: isinstance(error, redis_errors.OutOfMemoryError)
+        or text.startswith("OOM"),
+        (
+            errors.OutOfMemory,
+            "maxmemory is reached and nothing was written",
+            "raise maxmemory, or free memory keys; the ledger itself is never evicted by noeviction",
+        ),
+    ),
+    (
+        lambda error, text: isinstance(error, redis_errors.BusyLoadingError)
+        or text.startswith("LOADING"),
+        (errors.ServerLoading, "still loading its data set", "wait; progress is in INFO persistence"),
+    ),
+    (
+        lambda error, text: isinstance(
+            error, redis_errors.MovedError | redis_errors.AskError | redis_errors.ClusterDownError
+        )
+        or text.startswith(("MOVED", "ASK ", "CLUSTERDOWN", "TRYAGAIN", "MASTERDOWN")),
+        (
+            errors.ServerUnreachable,
+            "the cluster is rearranging itself",
+            "a retry finds the slot's new primary",
+        ),
+    ),
+    (
+        _starts("MISCONF", "BUSY", "NOREPLICAS", "UNKILLABLE"),
+        (
+            errors.ServerBusy,
+            "the server takes no writes for now",
+            "MISCONF: a snapshot failed (disk room? `save \"\"` avoids the coupling); "
+            "NOREPLICAS: too few replicas are connected; BUSY: a script runs too long",
+        ),
+    ),
+    (
+        _says("Function not found"),
+        (
+            errors.FunctionMissing,
+            "the function library is missing",
+            "let an operator's `govledger project` connect once, or grant +function|load",
+        ),
+    ),
+    (
+        _starts("LEDGERLIBNEW"),
+        (
+            errors.LibraryTooNew,
+            "the server's function library no longer answers this release",
+            "upgrade govledger here: pip install -U govledger",
+        ),
+    ),
+]

@@ -1,0 +1,508 @@
+"""Reading a tenant's stream: the only module that sees stream replies.
+
+An entry's ordinal (`seq`) is the second half of its id. Entries that the append function did not
+write are foreign: they are registered in `governance:head` with the ordinals that they consume, are
+named to the log, and are never handed out as events. A hole in the ordinals is `EntriesMissing`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import aclosing, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Final, NamedTuple, Self
+
+import orjson
+
+from ledger import errors, keys
+from ledger.events import Event, parse_stored
+from ledger.server import Reply, Server, pack
+
+__all__ = ["PAGE_ENTRIES", "Entry", "Head", "Incident", "Position", "Walk"]
+
+PAGE_ENTRIES: Final = 1000
+_ENTRY_FIELDS: Final = 6
+_BLOCK_MS: Final = 5000
+_log = logging.getLogger("ledger")
+
+
+class Position(NamedTuple):
+    """How far something has read: an ordinal means nothing without its epoch and its entry."""
+
+    epoch: str
+    seq: int
+    entry_id: str
+
+    def __str__(self) -> str:
+        return f"{self.epoch}/{self.seq}/{self.entry_id}"
+
+    @classmethod
+    def parse(cls, text: str) -> Position:
+        """The position that `str` wrote."""
+        epoch, seq, entry_id = text.split("/")
+        return cls(epoch, int(seq), entry_id)
+
+
+class Entry:
+    """One recorded entry, decoded no further than it is asked to be.
+
+    `seq` is its ordinal from 1; `entry_id` `<recorded ms>-<seq>`; `data` the event's JSON, byte for
+    byte as it was stored; `event` that JSON as a dict; `typed()` the same as a model.
+    """
+
+    __slots__ = ("_event", "_fields", "_id", "foreign", "seq", "tenant")
+
+    def __init__(
+        self, tenant: str, seq: int, raw_id: bytes, fields: list[bytes], foreign: bool = False
+    ) -> None:
+        self.tenant = tenant
+        self.seq = seq
+        self._id = raw_id
+        self._fields = fields
+        self.foreign = foreign
+        self._event: dict[str, Any] | None = None
+
+    @classmethod
+    def of(cls, tenant: str, entry_id: str, event: dict[str, Any]) -> Self:
+        """An entry made from an event that was read elsewhere, such as an export."""
+        data = orjson.dumps(event, option=orjson.OPT_SORT_KEYS)
+        kind, event_id = str(event["type"]).encode(), str(event["id"]).encode()
+        fields = [b"type", kind, b"id", event_id, b"data", data]
+        return cls(tenant, int(entry_id.partition("-")[2]), entry_id.encode(), fields)
+
+    @property
+    def entry_id(self) -> str:
+        return self._id.decode()
+
+    @property
+    def recorded_ms(self) -> int:
+        """The ledger's time, in ms since 1970."""
+        return int(self._id[: self._id.index(b"-")])
+
+    @property
+    def recorded_at(self) -> datetime:
+        """The ledger's time."""
+        return datetime.fromtimestamp(self.recorded_ms / 1000, UTC)
+
+    @property
+    def type(self) -> str:
+        return self._fields[1].decode()
+
+    @property
+    def id(self) -> str:
+        """The event's own id, by which an append is idempotent."""
+        return self._fields[3].decode()
+
+    @property
+    def data(self) -> bytes:
+        return self._fields[5]
+
+    @property
+    def raw_fields(self) -> list[bytes]:
+        """Every field and value in stored order, as they are."""
+        return self._fields
+
+    @property
+    def event(self) -> dict[str, Any]:
+        if self._event is None:
+            self._event = orjson.loads(self._fields[5])
+        return self._event
+
+    def typed(self) -> Event | dict[str, Any]:
+        """The event as its model, with unknown fields kept; a dict where no model here fits."""
+        return parse_stored(self.data)
+
+    def __repr__(self) -> str:
+        return f"Entry({self.tenant} {self.entry_id}{' foreign' if self.foreign else ''})"
+
+
+class Incident(NamedTuple):
+    """What others did to a stream behind the append function's back.
+
+    `kind`: foreign (entries `first_id`..`last_id`, which consume `count` ordinals from `seq` on),
+    missing (`count` entries gone), recreated (the stream was deleted and made again), moved (its
+    last id or counter was set), headless (the function's own record was lost and rebuilt).
+    """
+
+    kind: str
+    seq: int
+    count: int
+    first_id: str
+    last_id: str
+    noticed_ms: int
+
+    @classmethod
+    def parse(cls, raw: bytes) -> Incident:
+        """From the function's JSON."""
+        fields = orjson.loads(raw)
+        return cls(**{name: fields[name] for name in cls._fields})
+
+    def __str__(self) -> str:
+        told = {
+            "foreign": "{count} foreign entries {first_id}..{last_id} take seq {seq} and on",
+            "missing": "{count} recorded entries are gone from the stream (tail was {last_id})",
+            "recreated": "the stream was deleted and made again; {count} entries up to {last_id}",
+            "moved": "the stream's last id or counter was moved from {first_id} to {last_id}",
+            "headless": "governance:head was lost; rebuilt from {count} entries up to {last_id}",
+        }
+        return told.get(self.kind, self.kind).format(**self._asdict())
+
+
+class Head(NamedTuple):
+    """Where a tenant's ledger stands, by the append function's own record."""
+
+    tenant: str
+    epoch: str
+    seq: int
+    entry_id: str
+    incidents: int
+
+    @property
+    def position(self) -> Position:
+        return Position(self.epoch, self.seq, self.entry_id)
+
+
+def split_id(entry_id: bytes | str) -> tuple[int, int]:
+    """`<ms>-<seq>` as two integers, which order as the stream does."""
+    text = entry_id.decode() if isinstance(entry_id, bytes) else entry_id
+    time_ms, _, seq = text.partition("-")
+    return int(time_ms), int(seq)
+
+
+def head_command(tenant: str) -> bytes:
+    """What `parse_head` reads the reply of."""
+    return pack("HMGET", keys.head(tenant), "epoch", "seq", "id", "incidents")
+
+
+def parse_head(tenant: str, reply: list[bytes | None]) -> Head:
+    """A tenant without a head is new: seq 0, no epoch."""
+    epoch, seq, entry_id, incidents = reply
+    if epoch is None or seq is None or entry_id is None or incidents is None:
+        return Head(tenant, "", 0, "0-0", 0)
+    return Head(tenant, epoch.decode(), int(seq), entry_id.decode(), int(incidents))
+
+
+async def read_head(server: Server, tenant: str) -> Head:
+    """The tenant's head; seq 0 where nothing is recorded.
+
+    Raises:
+        IndexBehind: there is a stream, but the function's record of it is gone.
+    """
+    stream = keys.decisions(tenant)
+    packed = [head_command(tenant), pack("EXISTS", stream)]
+    replies = [server.checked(reply) for reply in await server.exchange(stream, packed, 2)]
+    head = parse_head(tenant, replies[0])
+    if not head.epoch and replies[1]:
+        raise headless(tenant)
+    return head
+
+
+def headless(tenant: str) -> errors.IndexBehind:
+    """The stream is there and `governance:head` is not."""
+    return errors.IndexBehind(
+        f"tenant {tenant}: {keys.head(tenant)} is gone, so its entries cannot be told from foreign",
+        hint=f"govledger reindex {tenant} rebuilds it from the stream",
+        tenant=tenant,
+    )
+
+
+async def find_by_id(server: Server, tenant: str, event_id: str) -> Entry | None:
+    """The entry recorded under the event id; None where there is none.
+
+    Raises:
+        EntriesMissing: the index knows it, the stream has lost it.
+    """
+    index = keys.index(tenant)
+    value = await server.command(index, "HGET", index, event_id)
+    if value is None:
+        return None
+    time_ms, seq = int.from_bytes(value[:6], "big"), int.from_bytes(value[6:12], "big")
+    entry = await _exactly(server, tenant, time_ms, seq)
+    if entry is None:
+        raise _missing(tenant, seq, seq)
+    return entry
+
+
+async def _exactly(server: Server, tenant: str, time_ms: int, seq: int) -> Entry | None:
+    stream, entry_id = keys.decisions(tenant), f"{time_ms}-{seq}"
+    found = await server.command(stream, "XRANGE", stream, entry_id, entry_id)
+    return Entry(tenant, seq, *found[0]) if found else None
+
+
+def _missing(tenant: str, first_seq: int, last_seq: int) -> errors.EntriesMissing:
+    which = f"seq {first_seq}" if first_seq == last_seq else f"seq {first_seq}..{last_seq}"
+    return errors.EntriesMissing(
+        f"tenant {tenant}: {which} was recorded and is not in the stream any more",
+        hint=f"somebody deleted it; --after {last_seq} reads on behind the hole",
+        tenant=tenant,
+        first_seq=first_seq,
+        last_seq=last_seq,
+    )
+
+
+@dataclass(slots=True)
+class _Page:
+    entries: list[list[Any]]
+    head: Head
+
+
+class Walk:
+    """A way along one tenant's stream, in order, from after a position to the head and beyond."""
+
+    def __init__(self, server: Server, tenant: str, *, page_entries: int = PAGE_ENTRIES) -> None:
+        self.server = server
+        self.tenant = tenant
+        self.page_entries = page_entries
+        self.seq = 0
+        self.head = Head(tenant, "", 0, "0-0", 0)
+        self.incidents: list[Incident] = []
+        self._stream = keys.decisions(tenant)
+        self._cursor = "0-0"
+        self._exact = True  # whether the next own ordinal must be self.seq + 1
+        self._skip_to = 0
+        self._ranges: list[tuple[tuple[int, int], tuple[int, int], Incident]] = []
+        self._unregistered: str | None = None
+
+    @property
+    def position(self) -> Position:
+        """Of the last entry handed out."""
+        return Position(self.head.epoch, self.seq, self._cursor)
+
+    # -- where to begin -----------------------------------------------------------------------
+
+    async def start_after(self, seq: int) -> None:
+        """Begin behind the ordinal `seq`; 0 = at the first entry.
+
+        Raises:
+            LedgerRolledBack: the head has not come that far.
+        """
+        self.head = await read_head(self.server, self.tenant)
+        if seq > self.head.seq:
+            raise errors.LedgerRolledBack(
+                f"tenant {self.tenant}: cannot read after seq {seq}, its head is {self.head.seq}",
+                hint="a typing error, or the ledger was restored to an earlier state",
+                tenant=self.tenant,
+                head_seq=self.head.seq,
+            )
+        await self._read_incidents(self.head)
+        self.seq = self._skip_to = seq
+        for _, _, incident in self._ranges:
+            if incident.kind == "foreign" and incident.seq <= seq < incident.seq + incident.count:
+                self.seq = incident.seq - 1  # numbering goes from the range's beginning
+        self._cursor = f"{await self._time_of(self.seq)}-{self.seq}" if self.seq else "0-0"
+
+    async def start_at(self, position: Position) -> None:
+        """Begin behind a position that was kept.
+
+        Raises:
+            LedgerRolledBack: the ledger is of another epoch, is behind the position, or has
+                another entry there.
+        """
+        head = await read_head(self.server, self.tenant)
+        if head.epoch != position.epoch or head.seq < position.seq:
+            raise errors.LedgerRolledBack(
+                f"tenant {self.tenant}: folded to {position}, its head is now {head.position}",
+                hint=f"if the ledger was restored on purpose: govledger rebuild {self.tenant}",
+                tenant=self.tenant,
+            )
+        self.head, self.seq, self._cursor = head, position.seq, position.entry_id
+
+    async def start_at_time(self, since_ms: int) -> None:
+        """Begin at the first entry recorded at or after `since_ms`."""
+        self.head = await read_head(self.server, self.tenant)
+        self._cursor, self._exact = f"{max(since_ms - 1, 0)}-{2**64 - 1}", False
+
+    async def _time_of(self, seq: int) -> int:
+        """The ms half of the id that the ordinal has or would have, by bisection over time."""
+        first = await self._first_own_from(0)
+        if first is None:
+            return split_id(self.head.entry_id)[0]
+        low, high = first[0], split_id(self.head.entry_id)[0]
+        while low < high:
+            middle = (low + high + 1) // 2
+            found = await self._first_own_from(middle)
+            if found is not None and found[1] <= seq:
+                low = found[0]
+            else:
+                high = middle - 1
+        return low
+
+    async def _first_own_from(self, time_ms: int) -> tuple[int, int] | None:
+        start = f"{time_ms}-0"
+        while True:
+            page = await self.server.command(
+                self._stream, "XRANGE", self._stream, start, "+", "COUNT", 4
+            )
+            for raw_id, _ in page:
+                if self._incident_at(raw_id) is None:
+                    return split_id(raw_id)
+            if not page:
+                return None
+            start = f"({page[-1][0].decode()}"
+
+    # -- going on -----------------------------------------------------------------------------
+
+    async def pages(self, *, to_ms: int | None = None) -> AsyncIterator[list[Entry]]:
+        """Pages of entries to the head that there was at the beginning, the next one being read
+        while one is worked on. Foreign entries are among them, marked.
+
+        Raises:
+            EntriesMissing: ordinals are missing, in the middle or at the end.
+            LedgerRolledBack: the ledger went back while it was read.
+        """
+        end = "+" if to_ms is None else f"{to_ms}-{2**64 - 1}"
+        goal, ahead = self.head.seq, None
+        self._unregistered = None
+        try:
+            page = await self._fetch(self._cursor, end)
+            while page.entries:
+                more = len(page.entries) == self.page_entries
+                if more:
+                    ahead = asyncio.ensure_future(self._fetch(page.entries[-1][0].decode(), end))
+                entries = await self._numbered(page)
+                if entries:
+                    yield entries
+                if ahead is None or self._unregistered:
+                    break
+                page, ahead = await ahead, None
+        finally:
+            if ahead is not None:
+                ahead.cancel()
+                with suppress(asyncio.CancelledError, errors.LedgerError):
+                    await ahead
+        if to_ms is None and self._exact and self.seq < goal:
+            raise _missing(self.tenant, self.seq + 1, goal)
+
+    async def wait(self) -> None:
+        """Returns when the stream has entries behind this walk, or after five seconds."""
+        command = pack(
+            *("XREAD", "COUNT", 1, "BLOCK", _BLOCK_MS, "STREAMS", self._stream, self._last_seen())
+        )
+        timeout_s = _BLOCK_MS / 1000 + 10
+        (reply,) = await self.server.exchange(self._stream, [command], 1, timeout_s=timeout_s)
+        self.server.checked(reply)
+        await self.refresh()
+
+    async def refresh(self) -> None:
+        """Reads the head anew, so that `pages` goes on to where it is now."""
+        self._accept(await read_head(self.server, self.tenant))
+
+    def _last_seen(self) -> str:
+        return max(self._cursor, self._unregistered or "0-0", key=split_id)
+
+    async def _fetch(self, after_id: str, end: str) -> _Page:
+        packed = [
+            pack("XRANGE", self._stream, f"({after_id}", end, "COUNT", self.page_entries),
+            head_command(self.tenant),  # read after the entries, so it covers them
+        ]
+        replies: list[Reply] = await self.server.exchange(self._stream, packed, 2)
+        entries, head = (self.server.checked(reply) for reply in replies)
+        return _Page(entries, parse_head(self.tenant, head))
+
+    def _accept(self, head: Head) -> None:
+        if not head.epoch and self.head.epoch:
+            raise headless(self.tenant)
+        if self.head.epoch and head.epoch != self.head.epoch or head.seq < self.seq:
+            raise errors.LedgerRolledBack(
+                f"tenant {self.tenant}: read to {self.position}, its head is now {head.position}",
+                hint="the ledger was restored while it was read; begin again",
+                tenant=self.tenant,
+            )
+        self.head = head
+
+    async def _numbered(self, page: _Page) -> list[Entry]:
+        """The page as entries with ordinals, up to the first that nobody has registered yet."""
+        self._accept(page.head)
+        if page.head.incidents > len(self.incidents):
+            await self._read_incidents(page.head)
+        raw = page.entries
+        seqs = [int(raw_id[raw_id.index(b"-") + 1 :]) for raw_id, _ in raw]
+        first = self.seq + 1 if self._exact else seqs[0]
+        dense = seqs == list(range(first, first + len(seqs))) and seqs[-1] <= page.head.seq
+        whole = all(len(fields) == _ENTRY_FIELDS for _, fields in raw)
+        if not (dense and whole) or self._meets_incident(raw[0][0]):
+            return self._numbered_one_by_one(page)
+        tenant = self.tenant
+        entries = [
+            Entry(tenant, seq, raw_id, fields)
+            for seq, (raw_id, fields) in zip(seqs, raw, strict=True)
+        ]
+        self.seq, self._cursor, self._exact = seqs[-1], raw[-1][0].decode(), True
+        return entries
+
+    def _numbered_one_by_one(self, page: _Page) -> list[Entry]:
+        entries: list[Entry] = []
+        tail = split_id(page.head.entry_id)
+        for raw_id, fields in page.entries:
+            incident = self._incident_at(raw_id)
+            if incident is None and split_id(raw_id) > tail:
+                self._name_unregistered(page, raw_id)
+                break
+            if incident is not None and not self._exact:
+                continue  # its ordinal is known only from the range's beginning
+            if incident is not None and incident.kind == "recreated":
+                if self.seq < incident.seq:
+                    raise _missing(self.tenant, self.seq + 1, incident.seq)
+                continue
+            seq = max(self.seq + 1, incident.seq) if incident else split_id(raw_id)[1]
+            if self._exact and seq != self.seq + 1:
+                raise _missing(self.tenant, self.seq + 1, seq - 1)
+            foreign = incident is not None or len(fields) != _ENTRY_FIELDS
+            self.seq, self._cursor, self._exact = seq, raw_id.decode(), True
+            if seq > self._skip_to:
+                entries.append(Entry(self.tenant, seq, raw_id, fields, foreign))
+        return entries
+
+    # -- foreign hands ------------------------------------------------------------------------
+
+    def is_foreign(self, raw_id: bytes) -> bool:
+        """Whether a registered incident says that the entry is not ours."""
+        return self._incident_at(raw_id) is not None
+
+    def _incident_at(self, raw_id: bytes) -> Incident | None:
+        at = split_id(raw_id)
+        for first, last, incident in self._ranges:
+            if first <= at <= last:
+                return incident
+        return None
+
+    def _meets_incident(self, first_id: bytes) -> bool:
+        at = split_id(first_id)
+        return any(last >= at for _, last, _ in self._ranges)
+
+    async def _read_incidents(self, head: Head) -> None:
+        known = len(self.incidents)
+        if head.incidents <= known:
+            return
+        names = [f"incident:{n}" for n in range(known + 1, head.incidents + 1)]
+        key = keys.head(self.tenant)
+        for raw in await self.server.command(key, "HMGET", key, *names):
+            if raw is None:
+                raise headless(self.tenant)
+            incident = Incident.parse(raw)
+            self.incidents.append(incident)
+            if incident.kind in ("foreign", "recreated"):
+                first = incident.first_id if incident.kind == "foreign" else "0-0"
+                self._ranges.append((split_id(first), split_id(incident.last_id), incident))
+            _log.warning("tenant %s: %s", self.tenant, incident)
+
+    def _name_unregistered(self, page: _Page, raw_id: bytes) -> None:
+        self._unregistered = page.entries[-1][0].decode()
+        _log.warning(
+            "tenant %s: foreign entry %s is in the stream; the next append registers it",
+            self.tenant,
+            raw_id.decode(),
+        )
+
+
+async def follow(walk: Walk) -> AsyncIterator[Entry]:
+    """Entries as they are recorded, for ever; begins where the walk stands."""
+    while True:
+        async with aclosing(walk.pages()) as pages:
+            async for page in pages:
+                for entry in page:
+                    yield entry
+        await walk.wait()

@@ -1,0 +1,137 @@
+"""The ledger for notebooks and synchronous engines: `Ledger`'s methods, without await.
+
+A facade over an event loop in a thread of its own (anyio's "portal" pattern); it has no logic.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from datetime import datetime
+from typing import Any, Self, TypeVar
+
+from ledger.append import Durability, Receipt
+from ledger.events import Event
+from ledger.ledger import Ledger as AsyncLedger
+from ledger.settings import Settings
+from ledger.stream import Entry, Head
+
+__all__ = ["Ledger"]
+
+T = TypeVar("T")
+
+
+class Ledger:
+    """`ledger.Ledger` for callers without an event loop; use it with `with`, from any thread."""
+
+    def __init__(
+        self,
+        url: str | None = None,
+        *,
+        settings: Settings | None = None,
+        durability: Durability | str | None = None,
+    ) -> None:
+        """As `ledger.Ledger.connect`."""
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+        try:
+            self._ledger = self._run(_opened(url, settings, durability))
+        except BaseException:
+            self._stop()
+            raise
+
+    @classmethod
+    def connect(cls, url: str | None = None, **options: Any) -> Self:
+        """As `ledger.Ledger.connect`."""
+        return cls(url, **options)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """As `ledger.Ledger.aclose`."""
+        try:
+            self._run(self._ledger.aclose())
+        finally:
+            self._stop()
+
+    def _stop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    def append(self, tenant: str, event: Event, **options: Any) -> Receipt:
+        """As `ledger.Ledger.append`."""
+        return self._run(self._ledger.append(tenant, event, **options))
+
+    def append_many(self, tenant: str, events: Sequence[Event], **options: Any) -> list[Receipt]:
+        """As `ledger.Ledger.append_many`."""
+        return self._run(self._ledger.append_many(tenant, events, **options))
+
+    def replay(
+        self,
+        tenant: str,
+        *,
+        after: int = 0,
+        until: int | None = None,
+        since: datetime | None = None,
+        to: datetime | None = None,
+    ) -> Iterator[Entry]:
+        """As `ledger.Ledger.replay`."""
+        entries = self._ledger.replay(tenant, after=after, until=until, since=since, to=to)
+        return self._pulled(entries)
+
+    def follow(self, tenant: str, *, after: int | None = None) -> Iterator[Entry]:
+        """As `ledger.Ledger.follow`; waits in `next()`."""
+        return self._pulled(self._ledger.follow(tenant, after=after))
+
+    def _pulled(self, entries: AsyncIterator[Entry]) -> Iterator[Entry]:
+        chunk_entries = 500  # a hop between threads costs more than an entry
+        try:
+            while chunk := self._run(_chunk(entries, chunk_entries)):
+                yield from chunk
+        finally:
+            self._run(entries.aclose())  # type: ignore[attr-defined]
+
+    def head(self, tenant: str) -> Head:
+        """As `ledger.Ledger.head`."""
+        return self._run(self._ledger.head(tenant))
+
+    def get(self, tenant: str, event_id: str) -> Entry:
+        """As `ledger.Ledger.get`."""
+        return self._run(self._ledger.get(tenant, event_id))
+
+    def get_seq(self, tenant: str, seq: int) -> Entry:
+        """As `ledger.Ledger.get_seq`."""
+        return self._run(self._ledger.get_seq(tenant, seq))
+
+    def tenants(self) -> list[str]:
+        """As `ledger.Ledger.tenants`."""
+        return self._run(self._ledger.tenants())
+
+    def reindex(self, tenant: str, on_progress: Callable[[int], None] | None = None) -> int:
+        """As `ledger.Ledger.reindex`."""
+        return self._run(self._ledger.reindex(tenant, on_progress))
+
+
+async def _opened(
+    url: str | None, settings: Settings | None, durability: Durability | str | None
+) -> AsyncLedger:
+    return await AsyncLedger.connect(url, settings=settings, durability=durability)
+
+
+async def _chunk(entries: AsyncIterator[Entry], limit: int) -> list[Entry]:
+    chunk: list[Entry] = []
+    async for entry in entries:
+        chunk.append(entry)
+        if len(chunk) == limit:
+            break
+    return chunk
