@@ -38,6 +38,8 @@ from ledger.ledger import Ledger
 from ledger.settings import Settings, load_settings
 from ledger.stream import Entry, Head, Incident, Position
 
+__version__ = "0.1.0"
+
 __all__ = [
     "Action",
     "AgentRef",

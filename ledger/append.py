@@ -22,7 +22,8 @@ from redis import exceptions as redis_errors
 
 from ledger import errors, keys
 from ledger.events import EncodedEvent, Event, encode
-from ledger.server import LIBRARY_VERSION, NodeSettings, Reply, Server, pack, translate
+from ledger.replies import translate
+from ledger.server import LIBRARY_VERSION, NodeSettings, Server, pack
 from ledger.stream import Incident, Position, headless
 
 __all__ = ["BATCH_EVENTS_LIMIT", "Appender", "Durability", "Receipt"]
@@ -56,7 +57,8 @@ class Durability(StrEnum):
 
 class Receipt(NamedTuple):
     """What an append returned. `duplicate`: it had been recorded before, with the same bytes
-    (after a retry of ours that may be our own first attempt)."""
+    (after a retry of ours that may be our own first attempt).
+    """
 
     tenant: str
     epoch: str
@@ -175,7 +177,7 @@ class _Lane:
         self._waiting_events = 0
         self._calls: set[asyncio.Task[Any] | None] = set()
         self._on = (keys.decisions(tenant), keys.head(tenant), keys.index(tenant))
-        head = ["govledger_append", b"3", *self._on, LIBRARY_VERSION]
+        head: list[bytes | str | int] = ["govledger_append", b"3", *self._on, LIBRARY_VERSION]
         self._call_head = pack("FCALL", *head).split(b"\r\n", 1)[1]
         self._fixed_args = 2 + len(head)
 
@@ -210,7 +212,8 @@ class _Lane:
         while self._waiting:
             after = self._waiting[0]
             events, size = events + len(after.events), size + after.bytes
-            if events > GATHER_EVENTS or size > GATHER_BYTES or after.durability != first.durability:
+            full = events > GATHER_EVENTS or size > GATHER_BYTES
+            if full or after.durability != first.durability:
                 break
             groups.append(self._waiting.popleft())
         self._waiting_events -= sum(len(group.events) for group in groups)
@@ -229,7 +232,7 @@ class _Lane:
         if later is None and self._server.never_asked(stream):  # it answered from another node
             later = await self._server.node_settings(stream)
         settings = later or settings or NodeSettings()
-        self._settle(groups, reply, self._reached(settings, wanted, replicas), wanted, replicas)
+        self._settle(groups, reply, _reached(settings, replicas), wanted, replicas)
 
     def _refuse_unsafe(self, settings: NodeSettings, wanted: Durability | None) -> None:
         if settings.evicts_ledger_keys and not self._server.settings.govledger_allow_eviction:
@@ -249,7 +252,11 @@ class _Lane:
     ) -> tuple[list[Any], int | None, NodeSettings | None]:
         """One function call; behind it on the same connection what tells how durable it is."""
         flags = ("r" if registered else "") + ("w" if wanted else "")
-        head = [b"%d" % (time.time_ns() // 1_000_000), flags, secrets.token_hex(8)]
+        head: list[bytes | str | int] = [
+            b"%d" % (time.time_ns() // 1_000_000),
+            flags,
+            secrets.token_hex(8),
+        ]
         args = self._fixed_args + len(head) - 1
         args += sum(3 + 4 * len(group.events) for group in groups)
         packed = [
@@ -275,13 +282,6 @@ class _Lane:
         if wanted is Durability.REPLICATED:
             replicas = int(self._server.checked(replies[1]))
         return replies[0], replicas, settings
-
-    def _reached(
-        self, settings: NodeSettings, wanted: Durability | None, replicas: int | None
-    ) -> Durability:
-        if replicas:
-            return Durability.REPLICATED
-        return Durability.FSYNCED if settings.fsyncs_every_ack else Durability.MEMORY
 
     def _settle(
         self,
@@ -425,6 +425,12 @@ def _not_fsynced(address: str, settings: NodeSettings) -> errors.UnsafeServer:
         hint=f"{remedy}; or ask for less: this server reaches `memory`",
         reached=Durability.MEMORY,
     )
+
+
+def _reached(settings: NodeSettings, replicas: int | None) -> Durability:
+    if replicas:
+        return Durability.REPLICATED
+    return Durability.FSYNCED if settings.fsyncs_every_ack else Durability.MEMORY
 
 
 def _fail(groups: list[_Group], error: BaseException) -> None:

@@ -417,7 +417,7 @@ def encode(event: Event) -> EncodedEvent:
     """The event's canonical bytes: sorted-key JSON of the fields that were set.
 
     Raises:
-        InvalidEvent: it is more than 32 KiB, or holds what JSON cannot (an integer of over 64 bits).
+        InvalidEvent: it is over 32 KiB, or holds what JSON cannot (an integer of over 64 bits).
     """
     fields = event.__pydantic_serializer__.to_python(event, exclude_unset=True)
     fields["type"] = event.type
@@ -455,13 +455,15 @@ def event_from_json(line: bytes | str) -> Event:
         raise _from_validation(error) from None
     given = event.model_fields_set
     if "id" not in given:
-        raise _invalid(None, [("id", "is required, so that the same line can be sent again safely")])
+        reason = "is required, so that the same line can be sent again safely"
+        raise _invalid(None, [("id", reason)])
     return event if "at" in given else event.model_copy(update={"at": None})
 
 
 def parse_stored(data: bytes) -> Event | dict[str, Any]:
     """A stored event as a model; unknown fields are kept. What no model here fits (a newer
-    writer's type or value) comes back as the plain JSON object."""
+    writer's type or value) comes back as the plain JSON object.
+    """
     try:
         return _ANY_EVENT.validate_json(data, extra="allow")
     except ValidationError:

@@ -308,16 +308,41 @@ local function finish_reindex(keys, args)
   return own
 end
 
--- KEYS: a projection's hash, then its buckets. ARGV: protocol, position folded from ('' = none),
--- position folded to, then triples: number of the key in KEYS, field, value.
+-- Where a projection stands and which build of it that is: a rebuild starts a new build, so that a
+-- projector which still holds the old entities cannot commit them on top.
+local function committed_at(key)
+  local at = call('HMGET', key, 'position', 'build')
+  if not at[1] then return '' end
+  return at[1] .. ' ' .. at[2]
+end
+
+-- KEYS: a projection's hash, then its buckets and the quarantine. ARGV: protocol, position and build
+-- folded from ('' = none), position folded to, build, then triples: number of the key in KEYS, field, value.
 local function commit(keys, args)
   local refusal = protocol_refusal(args[1])
   if refusal then return refusal end
-  local committed = call('HGET', keys[1], 'position') or ''
+  local committed = committed_at(keys[1])
   if committed ~= args[2] then return refuse('LEDGERPOSITION', committed) end
-  call('HSET', keys[1], 'position', args[3])
-  for i = 4, #args, 3 do
+  call('HSET', keys[1], 'position', args[3], 'build', args[4])
+  for i = 5, #args, 3 do
     call('HSET', keys[tonumber(args[i])], args[i + 1], args[i + 2])
+  end
+  return 1
+end
+
+-- Puts a rebuilt projection in the place of the old one. KEYS: pairs of old and rebuilt key, the
+-- projection's hashes first. ARGV: protocol, position and build of the rebuilt one.
+local function adopt(keys, args)
+  local refusal = protocol_refusal(args[1])
+  if refusal then return refusal end
+  local rebuilt = committed_at(keys[2])
+  if rebuilt ~= args[2] then return refuse('LEDGERPOSITION', rebuilt) end
+  for i = 1, #keys, 2 do
+    if call('EXISTS', keys[i + 1]) == 1 then
+      call('RENAME', keys[i + 1], keys[i])
+    else
+      call('UNLINK', keys[i])
+    end
   end
   return 1
 end
@@ -328,13 +353,14 @@ local ENVELOPE_TAIL = '"createdAt":"([^"]*)","updatedAt":"[^"]*","metadata":{"ep
 local ENVELOPE_TAIL_BYTES = 600
 
 -- KEYS: the published key. ARGV: protocol, value, now as ISO 8601, epoch, seq, metadata, TTL in s (0 = none).
--- Answers 1, or 0 where a later state of the same epoch is there already.
+-- then 1 to put it even where a later state of the same epoch is. Answers 1, or 0 where one is there.
 local function publish(keys, args)
   local refusal = protocol_refusal(args[1])
   if refusal then return refusal end
   local tail = call('GETRANGE', keys[1], -ENVELOPE_TAIL_BYTES, -1)
   local created, epoch, seq = string.match(tail, ENVELOPE_TAIL)
-  if epoch == args[4] and tonumber(seq) > tonumber(args[5]) then return 0 end
+  local later = epoch == args[4] and tonumber(seq) > tonumber(args[5])
+  if later and args[8] ~= '1' then return 0 end
   local envelope = '{"value":' .. args[2] .. ',"createdAt":"' .. (created or args[3])
     .. '","updatedAt":"' .. args[3] .. '","metadata":' .. args[6] .. '}'
   if tonumber(args[7]) > 0 then
@@ -348,6 +374,7 @@ end
 redis.register_function('govledger_append', append)
 redis.register_function('govledger_finish_reindex', finish_reindex)
 redis.register_function('govledger_commit', commit)
+redis.register_function('govledger_adopt', adopt)
 redis.register_function('govledger_publish', publish)
 redis.register_function{function_name = 'govledger_version', flags = {'no-writes'},
   callback = function() return {VERSION, OLDEST_CLIENT} end}

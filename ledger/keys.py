@@ -63,7 +63,8 @@ def checked_tenant(tenant: str) -> str:
     Raises:
         InvalidTenant: it has other characters, another length, or a reserved name.
     """
-    if not isinstance(tenant, str) or not _TENANT.fullmatch(tenant):
+    given: object = tenant  # callers without types
+    if not isinstance(given, str) or not _TENANT.fullmatch(given):
         raise InvalidTenant(f"tenant: {_shown(tenant)} is no tenant name", hint=_TENANT_HINT)
     if tenant in _RESERVED_TENANTS:
         raise InvalidTenant(

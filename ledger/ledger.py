@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from contextlib import aclosing
 from datetime import datetime
-from typing import Self
+from typing import Any, Self
 
 from ledger import errors, keys
 from ledger.append import Appender, Durability, Receipt
@@ -128,7 +128,7 @@ class Ledger:
         since: datetime | None = None,
         to: datetime | None = None,
         foreign: bool = False,
-    ) -> AsyncIterator[Entry]:
+    ) -> AsyncGenerator[Entry, None]:
         """Entries in order, in constant memory, up to the head that there is when it begins.
 
         Args:
@@ -176,7 +176,7 @@ class Ledger:
         if int(walk.position.entry_id.partition("-")[0]) < since_ms:
             await walk.start_at_time(since_ms)
 
-    async def follow(self, tenant: str, *, after: int | None = None) -> AsyncIterator[Entry]:
+    async def follow(self, tenant: str, *, after: int | None = None) -> AsyncGenerator[Entry, None]:
         """Entries as they are recorded, for ever; `after=None` begins at the head of now.
 
         Raises:
@@ -236,9 +236,7 @@ class Ledger:
 
     # -- repair -------------------------------------------------------------------------------
 
-    async def reindex(
-        self, tenant: str, on_progress: Callable[[int], None] | None = None
-    ) -> int:
+    async def reindex(self, tenant: str, on_progress: Callable[[int], None] | None = None) -> int:
         """Rebuilds the idempotency index from the stream; the number of entries it covers.
 
         Raises:
@@ -256,7 +254,7 @@ class _Connecting:
         self._durability = durability
         self._ledger: Ledger | None = None
 
-    def __await__(self):  # type: ignore[no-untyped-def]  # noqa: ANN204
+    def __await__(self) -> Generator[Any, None, Ledger]:
         return self._open().__await__()
 
     async def _open(self) -> Ledger:

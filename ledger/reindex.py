@@ -10,7 +10,8 @@ from typing import Any
 from redis import exceptions as redis_errors
 
 from ledger import errors, keys
-from ledger.server import Server, pack, translate
+from ledger.replies import translate
+from ledger.server import Server, pack
 from ledger.stream import PAGE_ENTRIES, Walk, split_id
 
 __all__ = ["reindex"]
@@ -92,7 +93,8 @@ async def _rebuild(
 
 async def _ownership(server: Server, tenant: str) -> Callable[[bytes, int, int], bool]:
     """Tells our entries from foreign ones: by the registered incidents, or, where the head that
-    has them is gone, by whether the id carries the next ordinal."""
+    has them is gone, by whether the id carries the next ordinal.
+    """
     walk = Walk(server, tenant)
     try:
         await walk.start_after(0)

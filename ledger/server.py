@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-import ssl
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterable
@@ -19,20 +18,17 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
-from pathlib import Path
 from typing import Any, Final, Protocol, Self
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
 from redis import exceptions as redis_errors
 from redis.asyncio import ConnectionPool, RedisCluster
 from redis.asyncio.connection import AbstractConnection
-from redis.asyncio.retry import Retry
-from redis.asyncio.sentinel import Sentinel
-from redis.backoff import NoBackoff
-from redis.maint_notifications import MaintNotificationsConfig
 
 from ledger import errors, keys
+from ledger.connect import cluster_client, embedded_path, pool, sentinel_pool, shown_address
 from ledger.embedded import EmbeddedServer
+from ledger.replies import function_missing, library_is_old, translate
 from ledger.settings import Settings
 
 __all__ = ["LIBRARY_VERSION", "NodeSettings", "Reply", "Server", "library_source", "pack"]
@@ -41,7 +37,6 @@ LIBRARY_VERSION: Final = 1
 """The protocol this client speaks, and the version of functions.lua that it ships."""
 
 REPLY_TIMEOUT_S: Final = 10.0
-CONNECT_TIMEOUT_S: Final = 5.0
 BACKOFF_BASE_S: Final = 0.05
 BACKOFF_CAP_S: Final = 2.0
 SETTINGS_AGE_LIMIT_S: Final = 1.0
@@ -110,7 +105,10 @@ class _Pool:
         self._idle: deque[AbstractConnection] = deque()
 
     def acquire_connection(self) -> AbstractConnection:
-        return self._idle.pop() if self._idle else self._maker.make_connection()
+        if self._idle:
+            return self._idle.pop()
+        made: AbstractConnection = self._maker.make_connection()  # type: ignore[no-untyped-call]
+        return made
 
     def release(self, connection: AbstractConnection) -> None:
         self._idle.append(connection)
@@ -126,7 +124,7 @@ class Server:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.address = _address(settings.redis_url)
+        self.address = shown_address(settings.redis_url)
         self.embedded: EmbeddedServer | None = None
         self._pool: _Pool | None = None
         self._cluster: RedisCluster | None = None
@@ -167,16 +165,16 @@ class Server:
         url = self.settings.redis_url
         scheme = urlsplit(url).scheme
         if scheme == "embedded":
-            self.embedded = await asyncio.to_thread(EmbeddedServer.acquire, _embedded_path(url))
+            self.embedded = await asyncio.to_thread(EmbeddedServer.acquire, embedded_path(url))
             url = self.embedded.url
         if scheme == "redis+sentinel":
-            self._pool = _Pool(_sentinel_pool(self.settings))
+            self._pool = _Pool(sentinel_pool(self.settings))
         else:
-            self._pool = _Pool(_pool(url, self.settings))
+            self._pool = _Pool(pool(url, self.settings))
         if scheme in ("redis", "rediss") and await self._is_cluster():
             await self._pool.aclose()
             self._pool = None
-            self._cluster = _cluster(url, self.settings)
+            self._cluster = cluster_client(url, self.settings)
             await self._cluster_topology()
 
     async def _is_cluster(self) -> bool:
@@ -213,7 +211,7 @@ class Server:
     async def exchange_function(self, key: str, packed: list[bytes], replies: int) -> list[Reply]:
         """`exchange` whose first reply is a function's; retried once the library is there."""
         got = await self.exchange(key, packed, replies)
-        if isinstance(got[0], redis_errors.ResponseError) and _library_is_old(got[0]):
+        if isinstance(got[0], redis_errors.ResponseError) and library_is_old(got[0]):
             await self.load_library(key)
             got = await self.exchange(key, packed, replies)
         return got
@@ -246,6 +244,21 @@ class Server:
                     raise
             await self._recover(attempt)
         raise AssertionError("unreachable")
+
+    async def exchange_each(self, asked: list[tuple[str, bytes]]) -> list[Reply]:
+        """Commands each with its own key, replies in their order: one round trip, or in a cluster
+        one for each node.
+        """
+        by_node: dict[str, list[int]] = {}
+        for i, (key, _) in enumerate(asked):
+            by_node.setdefault(self._node_name(key), []).append(i)
+        replies: list[Reply] = [None] * len(asked)
+        for places in by_node.values():
+            packed = [asked[i][1] for i in places]
+            got = await self.exchange(asked[places[0]][0], packed, len(packed))
+            for i, reply in zip(places, got, strict=True):
+                replies[i] = reply
+        return replies
 
     async def _exchange_once(
         self, key: str, packed: list[bytes], replies: int, timeout_s: float
@@ -289,7 +302,7 @@ class Server:
         connection = node.acquire_connection()
         try:
             if not connection.is_connected:
-                await connection.connect()
+                await connection.connect()  # type: ignore[no-untyped-call]
             yield connection
         except BaseException:
             await connection.disconnect(nowait=True)
@@ -308,7 +321,7 @@ class Server:
             raise translate(error, self.address) from error
         if node is None:
             raise errors.ServerUnreachable(f"{self.address}: no cluster node serves {key}")
-        return node  # type: ignore[no-any-return]
+        return node  # type: ignore[return-value]  # its release() takes what it gave
 
     async def _recover(self, attempt: int) -> None:
         self._node_settings.clear()
@@ -340,14 +353,15 @@ class Server:
             version = await self.library_version(key)
             if version is not None and version >= LIBRARY_VERSION:
                 return
-            load = ["FUNCTION", "LOAD", *(["REPLACE"] if version is not None else []), source]
-            (reply,) = await self.exchange(key, [pack(*load)], 1)
+            replace = ["REPLACE"] if version is not None else []
+            load = pack("FUNCTION", "LOAD", *replace, source)
+            (reply,) = await self.exchange(key, [load], 1)
             if not isinstance(reply, Exception):
                 return
             if "already exists" not in str(reply):
                 named = translate(reply, self.address)
                 if isinstance(named, errors.PermissionDenied):
-                    raise _function_missing(self.address) from reply
+                    raise function_missing(self.address) from reply
                 raise named from reply
 
     async def library_version(self, key: str = "") -> int | None:
@@ -382,7 +396,7 @@ class Server:
         pack("INFO", "memory"),
     )
 
-    def _settings_slot(self, key: str) -> str:
+    def _node_name(self, key: str) -> str:
         if self._cluster:
             node = self._cluster.get_node_from_key(key)
             return str(node.name) if node else ""
@@ -390,21 +404,23 @@ class Server:
 
     def known_settings(self, key: str) -> NodeSettings | None:
         """The settings of the node of `key` where they are known and fresh."""
-        known = self._node_settings.get(self._settings_slot(key))
+        known = self._node_settings.get(self._node_name(key))
         if known and time.monotonic() - known.read_at < SETTINGS_AGE_LIMIT_S:
             return known
         return None
 
     def never_asked(self, key: str) -> bool:
         """Whether nothing is known of the node of `key`, not even an old reading."""
-        return self._settings_slot(key) not in self._node_settings
+        return self._node_name(key) not in self._node_settings
 
     async def node_settings(self, key: str) -> NodeSettings:
         """The settings of the node of `key`, at most a second old."""
         known = self.known_settings(key)
         if known:
             return known
-        replies = await self.exchange(key, list(self.SETTINGS_COMMANDS), len(self.SETTINGS_COMMANDS))
+        replies = await self.exchange(
+            key, list(self.SETTINGS_COMMANDS), len(self.SETTINGS_COMMANDS)
+        )
         return await self.take_settings(key, replies)
 
     async def take_settings(self, key: str, replies: list[Reply]) -> NodeSettings:
@@ -422,12 +438,13 @@ class Server:
             run_id=info.get("run_id"),
             version=info.get("valkey_version") or info.get("redis_version"),
         )
-        self._node_settings[self._settings_slot(key)] = known
+        self._node_settings[self._node_name(key)] = known
         return known
 
     async def _attested(self, run_id: str) -> dict[str, str]:
         """What an operator's process left about this very server process, for those who may not
-        read CONFIG; nothing once it has expired."""
+        read CONFIG; nothing once it has expired.
+        """
         key = keys.attestation(run_id)
         (reply,) = await self.exchange(key, [pack("HGETALL", key)], 1)
         return {} if isinstance(reply, Exception) else _config(reply)
@@ -476,217 +493,3 @@ def _config(reply: Reply) -> dict[str, str]:
     if not isinstance(reply, dict):
         return {}
     return {name.decode(): value.decode() for name, value in reply.items()}
-
-
-# -- addresses and pools -----------------------------------------------------------------------
-
-_SCHEMES: Final = ("redis", "rediss", "unix", "embedded", "redis+sentinel")
-
-
-def _address(url: str) -> str:
-    """The URL without user, password and query: safe to show."""
-    try:
-        parts = urlsplit(url)
-        host, port = parts.hostname or "", f":{parts.port}" if parts.port else ""
-    except ValueError as error:
-        raise errors.InvalidSetting(f"REDIS_URL: {error}", hint=_URL_HINT) from None
-    if parts.scheme not in _SCHEMES:
-        raise errors.InvalidSetting(
-            f"REDIS_URL: unknown scheme {parts.scheme!r}", hint=_URL_HINT, scheme=parts.scheme
-        )
-    return f"{parts.scheme}://{host}{port}{parts.path}"
-
-
-_URL_HINT: Final = (
-    "use redis://host:6379, rediss://host:6380, unix:///path.sock, embedded:///data/dir or "
-    "redis+sentinel://host:26379/service"
-)
-
-
-def _embedded_path(url: str) -> Path:
-    parts = urlsplit(url)
-    path = unquote(parts.path)
-    if parts.netloc or not path.startswith("/") or path == "/":
-        raise errors.InvalidSetting(
-            f"REDIS_URL: {url!r} names no data directory", hint="embedded:///absolute/directory"
-        )
-    return Path(path)
-
-
-def _connection_options(settings: Settings, url: str) -> dict[str, Any]:
-    options: dict[str, Any] = {
-        "protocol": 3,
-        "legacy_responses": False,
-        "socket_timeout": None,
-        "socket_connect_timeout": CONNECT_TIMEOUT_S,
-        "retry": Retry(NoBackoff(), 0),
-    }
-    if settings.redis_password and not urlsplit(url).password:
-        options["password"] = settings.redis_password.get_secret_value()
-    return options
-
-
-def _pool(url: str, settings: Settings) -> ConnectionPool:
-    options = _connection_options(settings, url)
-    options["maint_notifications_config"] = MaintNotificationsConfig(enabled=False)
-    try:
-        return ConnectionPool.from_url(url, **options)
-    except (ValueError, redis_errors.RedisError) as error:
-        raise errors.InvalidSetting(f"REDIS_URL: {error}", hint=_URL_HINT) from None
-
-
-def _cluster(url: str, settings: Settings) -> RedisCluster:
-    options = _connection_options(settings, url)
-    options["maint_notifications_config"] = MaintNotificationsConfig(enabled=False)
-    return RedisCluster.from_url(url, cluster_error_retry_attempts=0, **options)
-
-
-def _sentinel_pool(settings: Settings) -> ConnectionPool:
-    parts = urlsplit(settings.redis_url)
-    service = parts.path.strip("/") or "mymaster"
-    hosts = parts.netloc.rpartition("@")[2].split(",")
-    addresses = [(host.partition(":")[0], int(host.partition(":")[2] or 26379)) for host in hosts]
-    options = _connection_options(settings, f"redis://{parts.netloc.split(',')[0]}")
-    options.pop("retry")
-    sentinel = Sentinel(addresses, socket_timeout=CONNECT_TIMEOUT_S)
-    if parts.password:
-        options["password"] = unquote(parts.password)
-    return sentinel.master_for(service, retry=Retry(NoBackoff(), 0), **options).connection_pool
-
-
-# -- errors ------------------------------------------------------------------------------------
-
-
-def _library_is_old(error: Exception) -> bool:
-    text = str(error)
-    return "Function not found" in text or text.startswith("LEDGERLIBOLD")
-
-
-def _function_missing(address: str) -> errors.FunctionMissing:
-    return errors.FunctionMissing(
-        f"{address}: the function library `govledger` is not loaded, and this user may not load it",
-        hint="let an operator's `govledger project` connect once, or grant +function|load",
-    )
-
-
-def translate(error: BaseException, address: str) -> errors.LedgerError:
-    """What a redis-py or socket error means for the ledger, with what to do about it."""
-    text = str(error) or type(error).__name__
-    if isinstance(error, errors.LedgerError):
-        return error
-    if _is_tls(error):
-        return errors.TlsFailed(
-            f"{address}: TLS failed: {text}",
-            hint="is this the TLS port, and is its CA trusted? ?ssl_ca_certs=/path/ca.pem in the URL",
-        )
-    for fits, build in _BY_REPLY:
-        if fits(error, text):
-            kind, message, hint = build
-            return kind(f"{address}: {message}: {text}", hint=hint)
-    if isinstance(error, redis_errors.ResponseError):
-        return errors.ServerError(f"{address}: {text}", hint=None)
-    return errors.ServerUnreachable(
-        f"{address}: cannot be reached: {text}",
-        hint="is the server up, and is REDIS_URL right (rediss:// for TLS)? "
-        "What was in flight may be recorded; sending it again with the same id is safe",
-    )
-
-
-def _is_tls(error: BaseException | None) -> bool:
-    seen = 0
-    while error is not None and seen < 8:
-        if isinstance(error, ssl.SSLError):
-            return True
-        error, seen = error.__cause__ or error.__context__, seen + 1
-    return False
-
-
-def _starts(*codes: str) -> Any:
-    return lambda _, text: text.startswith(codes)
-
-
-
-def _says(part: str) -> Any:
-    return lambda _, text: part in text
-
-
-_BY_REPLY: Final[list[tuple[Any, tuple[type[errors.LedgerError], str, str]]]] = [
-    (
-        lambda error, text: isinstance(error, redis_errors.AuthenticationError)
-        or text.startswith(("NOAUTH", "WRONGPASS", "DENIED")),
-        (
-            errors.AuthenticationFailed,
-            "authentication failed",
-            "set REDIS_PASSWORD (or user and password in REDIS_URL) to what the server expects",
-        ),
-    ),
-    (
-        lambda error, text: isinstance(error, redis_errors.NoPermissionError)
-        or text.startswith("NOPERM")
-        or "ermission" in text.split(" script: ")[0] and "script" in text,
-        (
-            errors.PermissionDenied,
-            "the server's ACL denies this user",
-            "grant the command and key pattern named here; README, Access control, has the recipes",
-        ),
-    ),
-    (
-        lambda error, text: isinstance(error, redis_errors.ReadOnlyError)
-        or text.startswith("READONLY"),
-        (
-            errors.ReadOnlyReplica,
-            "this node is a read-only replica",
-            "connect to the primary, or by redis+sentinel:// or a cluster URL that finds it",
-        ),
-    ),
-    (
-        lambda error, text: isinstance(error, redis_errors.OutOfMemoryError)
-        or text.startswith("OOM"),
-        (
-            errors.OutOfMemory,
-            "maxmemory is reached and nothing was written",
-            "raise maxmemory, or free memory keys; the ledger itself is never evicted by noeviction",
-        ),
-    ),
-    (
-        lambda error, text: isinstance(error, redis_errors.BusyLoadingError)
-        or text.startswith("LOADING"),
-        (errors.ServerLoading, "still loading its data set", "wait; progress is in INFO persistence"),
-    ),
-    (
-        lambda error, text: isinstance(
-            error, redis_errors.MovedError | redis_errors.AskError | redis_errors.ClusterDownError
-        )
-        or text.startswith(("MOVED", "ASK ", "CLUSTERDOWN", "TRYAGAIN", "MASTERDOWN")),
-        (
-            errors.ServerUnreachable,
-            "the cluster is rearranging itself",
-            "a retry finds the slot's new primary",
-        ),
-    ),
-    (
-        _starts("MISCONF", "BUSY", "NOREPLICAS", "UNKILLABLE"),
-        (
-            errors.ServerBusy,
-            "the server takes no writes for now",
-            "MISCONF: a snapshot failed (disk room? `save \"\"` avoids the coupling); "
-            "NOREPLICAS: too few replicas are connected; BUSY: a script runs too long",
-        ),
-    ),
-    (
-        _says("Function not found"),
-        (
-            errors.FunctionMissing,
-            "the function library is missing",
-            "let an operator's `govledger project` connect once, or grant +function|load",
-        ),
-    ),
-    (
-        _starts("LEDGERLIBNEW"),
-        (
-            errors.LibraryTooNew,
-            "the server's function library no longer answers this release",
-            "upgrade govledger here: pip install -U govledger",
-        ),
-    ),
-]

@@ -47,5 +47,3 @@ def load_settings(**overrides: object) -> Settings:
         first = error.errors(include_input=False, include_url=False)[0]
         name = ".".join(str(part) for part in first["loc"]).upper()
         raise InvalidSetting(f"{name}: {first['msg']}", hint="see README, Settings") from None
-
-

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any, Final, NamedTuple, Self
 
@@ -56,7 +56,7 @@ class Entry:
     __slots__ = ("_event", "_fields", "_id", "foreign", "seq", "tenant")
 
     def __init__(
-        self, tenant: str, seq: int, raw_id: bytes, fields: list[bytes], foreign: bool = False
+        self, tenant: str, seq: int, raw_id: bytes, fields: list[bytes], *, foreign: bool = False
     ) -> None:
         self.tenant = tenant
         self.seq = seq
@@ -75,6 +75,7 @@ class Entry:
 
     @property
     def entry_id(self) -> str:
+        """`<recorded ms>-<seq>`."""
         return self._id.decode()
 
     @property
@@ -89,6 +90,7 @@ class Entry:
 
     @property
     def type(self) -> str:
+        """The event's type."""
         return self._fields[1].decode()
 
     @property
@@ -98,6 +100,7 @@ class Entry:
 
     @property
     def data(self) -> bytes:
+        """The event's JSON, byte for byte as it was stored."""
         return self._fields[5]
 
     @property
@@ -107,6 +110,7 @@ class Entry:
 
     @property
     def event(self) -> dict[str, Any]:
+        """The event's JSON as a dict; the same one at each call."""
         if self._event is None:
             self._event = orjson.loads(self._fields[5])
         return self._event
@@ -119,7 +123,8 @@ class Entry:
         return f"Entry({self.tenant} {self.entry_id}{' foreign' if self.foreign else ''})"
 
 
-class Incident(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Incident:
     """What others did to a stream behind the append function's back.
 
     `kind`: foreign (entries `first_id`..`last_id`, which consume `count` ordinals from `seq` on),
@@ -138,7 +143,7 @@ class Incident(NamedTuple):
     def parse(cls, raw: bytes) -> Incident:
         """From the function's JSON."""
         fields = orjson.loads(raw)
-        return cls(**{name: fields[name] for name in cls._fields})
+        return cls(**{name: fields[name] for name in cls.__slots__})
 
     def __str__(self) -> str:
         told = {
@@ -148,7 +153,7 @@ class Incident(NamedTuple):
             "moved": "the stream's last id or counter was moved from {first_id} to {last_id}",
             "headless": "governance:head was lost; rebuilt from {count} entries up to {last_id}",
         }
-        return told.get(self.kind, self.kind).format(**self._asdict())
+        return told.get(self.kind, self.kind).format(**asdict(self))
 
 
 class Head(NamedTuple):
@@ -162,6 +167,7 @@ class Head(NamedTuple):
 
     @property
     def position(self) -> Position:
+        """Of the last entry."""
         return Position(self.epoch, self.seq, self.entry_id)
 
 
@@ -224,6 +230,32 @@ async def find_by_id(server: Server, tenant: str, event_id: str) -> Entry | None
     if entry is None:
         raise _missing(tenant, seq, seq)
     return entry
+
+
+async def find_many(server: Server, tenant: str, event_ids: list[str]) -> list[Entry]:
+    """The entries recorded under the event ids, in two round trips; unknown ids are left out.
+
+    Raises:
+        EntriesMissing: the index knows one, the stream has lost it.
+    """
+    if not event_ids:
+        return []
+    index, stream = keys.index(tenant), keys.decisions(tenant)
+    values = await server.command(index, "HMGET", index, *event_ids)
+    places = [
+        (int.from_bytes(value[:6], "big"), int.from_bytes(value[6:12], "big"))
+        for value in values
+        if value is not None
+    ]
+    packed = [pack("XRANGE", stream, f"{ms}-{seq}", f"{ms}-{seq}") for ms, seq in places]
+    replies = await server.exchange(stream, packed, len(packed)) if packed else []
+    entries = []
+    for (_, seq), reply in zip(places, replies, strict=True):
+        found = server.checked(reply)
+        if not found:
+            raise _missing(tenant, seq, seq)
+        entries.append(Entry(tenant, seq, *found[0]))
+    return entries
 
 
 async def _exactly(server: Server, tenant: str, time_ms: int, seq: int) -> Entry | None:
@@ -345,7 +377,7 @@ class Walk:
 
     # -- going on -----------------------------------------------------------------------------
 
-    async def pages(self, *, to_ms: int | None = None) -> AsyncIterator[list[Entry]]:
+    async def pages(self, *, to_ms: int | None = None) -> AsyncGenerator[list[Entry], None]:
         """Pages of entries to the head that there was at the beginning, the next one being read
         while one is worked on. Foreign entries are among them, marked.
 
@@ -405,7 +437,7 @@ class Walk:
     def _accept(self, head: Head) -> None:
         if not head.epoch and self.head.epoch:
             raise headless(self.tenant)
-        if self.head.epoch and head.epoch != self.head.epoch or head.seq < self.seq:
+        if (self.head.epoch and head.epoch != self.head.epoch) or head.seq < self.seq:
             raise errors.LedgerRolledBack(
                 f"tenant {self.tenant}: read to {self.position}, its head is now {head.position}",
                 hint="the ledger was restored while it was read; begin again",
@@ -453,7 +485,7 @@ class Walk:
             foreign = incident is not None or len(fields) != _ENTRY_FIELDS
             self.seq, self._cursor, self._exact = seq, raw_id.decode(), True
             if seq > self._skip_to:
-                entries.append(Entry(self.tenant, seq, raw_id, fields, foreign))
+                entries.append(Entry(self.tenant, seq, raw_id, fields, foreign=foreign))
         return entries
 
     # -- foreign hands ------------------------------------------------------------------------
@@ -498,7 +530,7 @@ class Walk:
         )
 
 
-async def follow(walk: Walk) -> AsyncIterator[Entry]:
+async def follow(walk: Walk) -> AsyncGenerator[Entry, None]:
     """Entries as they are recorded, for ever; begins where the walk stands."""
     while True:
         async with aclosing(walk.pages()) as pages:

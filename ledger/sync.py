@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
 from datetime import datetime
 from typing import Any, Self, TypeVar
 
@@ -70,7 +70,8 @@ class Ledger:
 
     def append(self, tenant: str, event: Event, **options: Any) -> Receipt:
         """As `ledger.Ledger.append`."""
-        return self._run(self._ledger.append(tenant, event, **options))
+        receipt: Receipt = self._run(self._ledger.append(tenant, event, **options))
+        return receipt
 
     def append_many(self, tenant: str, events: Sequence[Event], **options: Any) -> list[Receipt]:
         """As `ledger.Ledger.append_many`."""
@@ -93,13 +94,13 @@ class Ledger:
         """As `ledger.Ledger.follow`; waits in `next()`."""
         return self._pulled(self._ledger.follow(tenant, after=after))
 
-    def _pulled(self, entries: AsyncIterator[Entry]) -> Iterator[Entry]:
+    def _pulled(self, entries: AsyncGenerator[Entry, None]) -> Iterator[Entry]:
         chunk_entries = 500  # a hop between threads costs more than an entry
         try:
             while chunk := self._run(_chunk(entries, chunk_entries)):
                 yield from chunk
         finally:
-            self._run(entries.aclose())  # type: ignore[attr-defined]
+            self._run(entries.aclose())
 
     def head(self, tenant: str) -> Head:
         """As `ledger.Ledger.head`."""
@@ -125,10 +126,11 @@ class Ledger:
 async def _opened(
     url: str | None, settings: Settings | None, durability: Durability | str | None
 ) -> AsyncLedger:
-    return await AsyncLedger.connect(url, settings=settings, durability=durability)
+    opened: AsyncLedger = await AsyncLedger.connect(url, settings=settings, durability=durability)
+    return opened
 
 
-async def _chunk(entries: AsyncIterator[Entry], limit: int) -> list[Entry]:
+async def _chunk(entries: AsyncGenerator[Entry, None], limit: int) -> list[Entry]:
     chunk: list[Entry] = []
     async for entry in entries:
         chunk.append(entry)

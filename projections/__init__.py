@@ -1,0 +1,18 @@
+"""What is derived from the ledger: folds, the projector that keeps them, the reader."""
+
+from projections.governance import Governance
+from projections.projection import Entities, Projection, Subject, Unfoldable
+from projections.projector import Projector
+from projections.reader import StateReader
+from projections.store import PublishedState
+
+__all__ = [
+    "Entities",
+    "Governance",
+    "Projection",
+    "Projector",
+    "PublishedState",
+    "StateReader",
+    "Subject",
+    "Unfoldable",
+]

@@ -1,0 +1,103 @@
+"""From a REDIS_URL to connections: what is valid, what may be shown, which kind of server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import unquote, urlsplit
+
+from redis import exceptions as redis_errors
+from redis.asyncio import ConnectionPool, RedisCluster
+from redis.asyncio.retry import Retry
+from redis.asyncio.sentinel import Sentinel
+from redis.backoff import NoBackoff
+from redis.maint_notifications import MaintNotificationsConfig
+
+from ledger import errors
+from ledger.settings import Settings
+
+__all__ = ["cluster_client", "embedded_path", "pool", "sentinel_pool", "shown_address"]
+
+CONNECT_TIMEOUT_S: Final = 5.0
+READ_BYTES: Final = 256 * 1024
+"""How much one read takes: a page of a replay is most of a megabyte."""
+
+_SCHEMES: Final = ("redis", "rediss", "unix", "embedded", "redis+sentinel")
+
+
+def shown_address(url: str) -> str:
+    """The URL without user, password and query: safe to show."""
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname or "", f":{parts.port}" if parts.port else ""
+    except ValueError as error:
+        raise errors.InvalidSetting(f"REDIS_URL: {error}", hint=_URL_HINT) from None
+    if parts.scheme not in _SCHEMES:
+        raise errors.InvalidSetting(
+            f"REDIS_URL: unknown scheme {parts.scheme!r}", hint=_URL_HINT, scheme=parts.scheme
+        )
+    return f"{parts.scheme}://{host}{port}{parts.path}"
+
+
+_URL_HINT: Final = (
+    "use redis://host:6379, rediss://host:6380, unix:///path.sock, embedded:///data/dir or "
+    "redis+sentinel://host:26379/service"
+)
+
+
+def embedded_path(url: str) -> Path:
+    """The data directory that an embedded:// URL names."""
+    parts = urlsplit(url)
+    path = unquote(parts.path)
+    if parts.netloc or not path.startswith("/") or path == "/":
+        raise errors.InvalidSetting(
+            f"REDIS_URL: {url!r} names no data directory", hint="embedded:///absolute/directory"
+        )
+    return Path(path)
+
+
+def _connection_options(settings: Settings, url: str) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        "protocol": 3,
+        "legacy_responses": False,
+        "socket_timeout": None,
+        "socket_connect_timeout": CONNECT_TIMEOUT_S,
+        "socket_read_size": READ_BYTES,
+        "retry": Retry(NoBackoff(), 0),
+    }
+    if settings.redis_password and not urlsplit(url).password:
+        options["password"] = settings.redis_password.get_secret_value()
+    return options
+
+
+def pool(url: str, settings: Settings) -> ConnectionPool:
+    """Connections to one address; redis-py's own retries are off, see `server.py`."""
+    options = _connection_options(settings, url)
+    options["maint_notifications_config"] = MaintNotificationsConfig(enabled=False)
+    try:
+        return ConnectionPool.from_url(url, **options)
+    except (ValueError, redis_errors.RedisError) as error:
+        raise errors.InvalidSetting(f"REDIS_URL: {error}", hint=_URL_HINT) from None
+
+
+def cluster_client(url: str, settings: Settings) -> RedisCluster:
+    """redis-py's cluster client, of which we use the topology and the connections."""
+    options = _connection_options(settings, url)
+    options["maint_notifications_config"] = MaintNotificationsConfig(enabled=False)
+    return RedisCluster.from_url(url, cluster_error_retry_attempts=0, **options)
+
+
+def sentinel_pool(settings: Settings) -> ConnectionPool:
+    """Connections to the primary that the sentinels name."""
+    parts = urlsplit(settings.redis_url)
+    service = parts.path.strip("/") or "mymaster"
+    hosts = parts.netloc.rpartition("@")[2].split(",")
+    addresses = [(host.partition(":")[0], int(host.partition(":")[2] or 26379)) for host in hosts]
+    options = _connection_options(settings, f"redis://{parts.netloc.split(',')[0]}")
+    options.pop("retry")
+    sentinel = Sentinel(addresses, socket_timeout=CONNECT_TIMEOUT_S)  # type: ignore[no-untyped-call]
+    if parts.password:
+        options["password"] = unquote(parts.password)
+    primary = sentinel.master_for(service, retry=Retry(NoBackoff(), 0), **options)
+    found: ConnectionPool = primary.connection_pool
+    return found

@@ -1,0 +1,400 @@
+"""Follow → fold → commit → publish, over many tenants.
+
+Wake-ups come from the feed; a slower sweep compares heads with positions and finds what the feed
+lost. Two projectors on one tenant can waste work, never double-count: the commit compares the
+position and the build it began from.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import aclosing
+from typing import Any, Final
+
+from ledger import errors, keys
+from ledger.ledger import Ledger
+from ledger.server import Server, pack
+from ledger.stream import Entry, Walk, find_many, head_command, parse_head
+from projections.governance import Governance
+from projections.projection import Projection, Subject, Unfoldable
+from projections.store import STATE, Committed, FoldStore
+
+__all__ = ["Projector"]
+
+PUBLISH_INTERVAL_S: Final = 0.05
+"""A busy tenant is published at most 20 times a second."""
+
+SWEEP_INTERVAL_S: Final = 5.0
+FOLDS_AT_ONCE: Final = 8
+SUBJECTS_KEPT: Final = 4096
+ENTITIES_KEPT: Final = 16_384
+HEADS_A_CALL: Final = 1000
+ATTEMPTS: Final = 5
+_DECISION: Final = "decision.recorded"
+_log = logging.getLogger("ledger")
+
+Progress = Callable[[str, int], None]
+
+
+class TenantFold:
+    """One tenant's fold of one projection, as far as it is in memory."""
+
+    def __init__(
+        self, server: Server, tenant: str, projection: Projection, store: FoldStore
+    ) -> None:
+        self.tenant = tenant
+        self.projection = projection
+        self.store = store
+        self.committed: Committed | None = None
+        self.published_at = 0.0
+        self.published_seq = -1
+        self._server = server
+        self._walk: Walk | None = None
+        self._entities: OrderedDict[str, dict[str, Any]] = OrderedDict()
+        self._subjects: OrderedDict[str, Subject] = OrderedDict()
+
+    @property
+    def seq(self) -> int:
+        """The last ordinal that is committed."""
+        return self.committed.position.seq if self.committed and self.committed.position else 0
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """The entity `state`."""
+        return self._entities.get(STATE, {})
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether the head that was last seen is past what is folded."""
+        return self._walk is not None and self.seq < self._walk.head.seq
+
+    def forget(self) -> None:
+        """Drops what is in memory: the next fold begins from what is committed."""
+        self.committed = self._walk = None
+        self._entities.clear()
+        self._subjects.clear()
+
+    async def begin(self) -> Walk:
+        """Where the next fold goes on.
+
+        Raises:
+            LedgerRolledBack: the ledger is behind, or other than, what is committed.
+        """
+        if self._walk is None or self.committed is None:
+            self.committed = await self.store.committed()
+            self._entities.clear()
+            self._entities.update(await self.store.load([STATE]))
+            walk = Walk(self._server, self.tenant)
+            if self.committed.position:
+                await walk.start_at(self.committed.position)
+            else:
+                await walk.start_after(0)
+            self._walk = walk
+        else:
+            await self._walk.refresh()
+        return self._walk
+
+    async def fold_page(self, walk: Walk, page: Sequence[Entry]) -> None:
+        """Folds a page and commits it; on any error memory is dropped, and nothing is half done."""
+        try:
+            own = [entry for entry in page if not entry.foreign]
+            changed, quarantined = await self._apply(own)
+            assert self.committed is not None
+            self.committed = await self.store.commit(
+                self.committed, walk.position, changed, quarantined
+            )
+        except BaseException:
+            self.forget()
+            raise
+        self._trim()
+
+    async def _apply(
+        self, entries: Sequence[Entry]
+    ) -> tuple[dict[str, dict[str, Any]], dict[int, str]]:
+        projection, entities, subjects = self.projection, self._entities, self._subjects
+        touched: set[str] = {STATE}
+        quarantined: dict[int, str] = {}
+        await self._load_subjects(entries)
+        await self._load_entities(entries, quarantined)
+        for entry in entries:
+            if entry.seq in quarantined:
+                continue
+            try:
+                subject_id = projection.subject_id(entry)
+                subject = subjects.get(subject_id) if subject_id else None
+                if subject is not None and subject.seq >= entry.seq:
+                    subject = None
+                projection.apply(entities, entry, subject)
+                touched.update(projection.names(entry))
+            except Unfoldable as error:
+                quarantined[entry.seq] = str(error)
+            if entry.type == _DECISION:
+                self._keep_subject(entry)
+        if quarantined:
+            self._count_quarantined(quarantined)
+        return {name: entities[name] for name in touched if name in entities}, quarantined
+
+    def _count_quarantined(self, quarantined: dict[int, str]) -> None:
+        state = self._entities.setdefault(STATE, {})
+        state["quarantined"] = state.get("quarantined", 0) + len(quarantined)
+        for seq, reason in quarantined.items():
+            _log.warning(
+                "tenant %s: %s@%d cannot fold seq %d, it is quarantined: %s",
+                *(self.tenant, self.projection.name, self.projection.version, seq, reason),
+            )
+
+    async def _load_subjects(self, entries: Sequence[Entry]) -> None:
+        """Decisions that follow-ups in this page refer to and that are not at hand."""
+        coming = {entry.id for entry in entries if entry.type == _DECISION}
+        wanted: dict[str, None] = {}
+        for entry in entries:
+            try:
+                subject_id = self.projection.subject_id(entry)
+            except Unfoldable:
+                continue  # `_apply` meets it again and quarantines it
+            if subject_id and subject_id not in self._subjects and subject_id not in coming:
+                wanted[subject_id] = None
+        for found in await find_many(self._server, self.tenant, list(wanted)):
+            if found.type == _DECISION:
+                self._keep_subject(found)
+
+    async def _load_entities(self, entries: Sequence[Entry], quarantined: dict[int, str]) -> None:
+        wanted: dict[str, None] = {}
+        for entry in entries:
+            try:
+                wanted.update(dict.fromkeys(self.projection.names(entry)))
+            except Unfoldable as error:
+                quarantined[entry.seq] = str(error)
+        missing = [name for name in wanted if name not in self._entities]
+        self._entities.update(await self.store.load(missing))
+
+    def _keep_subject(self, entry: Entry) -> None:
+        self._subjects[entry.id] = Subject(entry.seq, entry.recorded_ms, entry.event)
+
+    def _trim(self) -> None:
+        """Bounds memory; what is dropped is in Redis."""
+        while len(self._subjects) > SUBJECTS_KEPT:
+            self._subjects.popitem(last=False)
+        if len(self._entities) > ENTITIES_KEPT:
+            self._entities.move_to_end(STATE)
+            while len(self._entities) > ENTITIES_KEPT // 2:
+                self._entities.popitem(last=False)
+
+    async def publish(self, ttl_seconds: int, *, force: bool = False) -> None:
+        """Puts the copy that readers take."""
+        if self.committed is None or self.committed.position is None:
+            return
+        await self.store.publish(self.committed, self.state, ttl_seconds, force=force)
+        await self.store.activate() if self.published_seq < 0 else None
+        self.published_at, self.published_seq = time.monotonic(), self.seq
+
+
+class Projector:
+    """Keeps the state of every tenant folded and published."""
+
+    def __init__(self, ledger: Ledger, projections: Sequence[Projection] = ()) -> None:
+        """`projections`: default `Governance()`."""
+        self.server = ledger.server
+        self.ledger = ledger
+        self.projections: tuple[Projection, ...] = tuple(projections) or (Governance(),)
+        self.stopped: dict[str, errors.LedgerError] = {}
+        """Tenants that are not folded any more, and why."""
+        self._folds: dict[tuple[str, str], TenantFold] = {}
+        self._ttl_seconds = self.server.settings.memory_default_ttl_seconds
+        self._dirty: dict[str, None] = {}
+        self._woken = asyncio.Event()
+        self._busy: set[str] = set()
+
+    def _fold_of(self, tenant: str, projection: Projection) -> TenantFold:
+        key = (tenant, projection.name)
+        if key not in self._folds:
+            store = FoldStore(self.server, tenant, projection)
+            self._folds[key] = TenantFold(self.server, tenant, projection, store)
+        return self._folds[key]
+
+    # -- once ---------------------------------------------------------------------------------
+
+    async def run_once(
+        self, tenants: Sequence[str] | None = None, *, on_progress: Progress | None = None
+    ) -> dict[str, int]:
+        """Folds, commits and publishes up to the heads of now.
+
+        Args:
+            tenants: whose; default: all that are registered.
+            on_progress: called with the tenant and the entries just folded.
+
+        Returns: entries folded, by tenant.
+
+        Raises:
+            LedgerRolledBack: a tenant's ledger is behind, or other than, what was folded.
+            EntriesMissing, IndexBehind, Unavailable: as `Ledger.replay`.
+        """
+        names = await self.ledger.tenants() if tenants is None else tenants
+        folded: dict[str, int] = {}
+        for tenant in names:
+            keys.checked_tenant(tenant)
+            for projection in self.projections:
+                fold = self._fold_of(tenant, projection)
+                count = await self._catch_up(fold, on_progress)
+                await fold.publish(self._ttl_seconds)
+                folded[tenant] = folded.get(tenant, 0) + count
+        return folded
+
+    async def _catch_up(
+        self, fold: TenantFold, on_progress: Progress | None = None, *, pages: int | None = None
+    ) -> int:
+        """Folds up to the head, at most `pages` pages; the entries folded."""
+        folded = 0
+        for _ in range(ATTEMPTS):
+            try:
+                walk = await fold.begin()
+                async with aclosing(walk.pages()) as found:
+                    async for page in found:
+                        await fold.fold_page(walk, page)
+                        folded += len(page)
+                        if on_progress:
+                            on_progress(fold.tenant, len(page))
+                        if time.monotonic() - fold.published_at > PUBLISH_INTERVAL_S * 4:
+                            await fold.publish(self._ttl_seconds)
+                        if pages is not None and folded >= pages * walk.page_entries:
+                            break
+            except errors.CommitConflict as error:
+                _log.debug("%s", error)
+                continue
+            except BaseException:
+                fold.forget()
+                raise
+            return folded
+        return folded
+
+    # -- for ever -----------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Folds whatever comes, until cancelled; an error stops its tenant, not the others."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._listen())
+            tasks.create_task(self._sweep_for_ever())
+            for _ in range(FOLDS_AT_ONCE):
+                tasks.create_task(self._work())
+
+    def _wake(self, tenants: Iterable[str]) -> None:
+        self._dirty.update(dict.fromkeys(tenants))
+        if self._dirty:
+            self._woken.set()
+
+    async def _listen(self) -> None:
+        last_id = "$"
+        while True:
+            command = pack("XREAD", "COUNT", 1000, "BLOCK", 5000, "STREAMS", keys.FEED, last_id)
+            try:
+                (reply,) = await self.server.exchange(keys.FEED, [command], 1, timeout_s=15)
+                found = self.server.checked(reply)
+            except errors.LedgerError as error:
+                _log.debug("feed: %s", error)
+                await asyncio.sleep(SWEEP_INTERVAL_S)
+                continue
+            for entries in (found or {}).values():
+                last_id = entries[-1][0].decode()
+                self._wake(fields[1].decode() for _, fields in entries)
+
+    async def _work(self) -> None:
+        while True:
+            while not self._dirty:
+                self._woken.clear()
+                await self._woken.wait()
+            tenant = next(iter(self._dirty))
+            del self._dirty[tenant]
+            if tenant in self._busy:
+                await asyncio.sleep(0.001)
+                self._wake([tenant])
+                continue
+            self._busy.add(tenant)
+            try:
+                await self._fold_fairly(tenant)
+            finally:
+                self._busy.discard(tenant)
+
+    async def _fold_fairly(self, tenant: str) -> None:
+        """One batch; a tenant with more to fold queues again behind the others."""
+        try:
+            for projection in self.projections:
+                fold = self._fold_of(tenant, projection)
+                wait_s = fold.published_at + PUBLISH_INTERVAL_S - time.monotonic()
+                if wait_s > 0:
+                    await asyncio.sleep(wait_s)
+                await self._catch_up(fold, pages=1)
+                await fold.publish(self._ttl_seconds)
+                if fold.is_behind:
+                    self._wake([tenant])
+            if self.stopped.pop(tenant, None):
+                _log.warning("tenant %s: folded again", tenant)
+        except errors.LedgerError as error:
+            if str(self.stopped.get(tenant)) != str(error):
+                _log.error("tenant %s: not folded: %s", tenant, error)
+            self.stopped[tenant] = error
+
+    async def _sweep_for_ever(self) -> None:
+        while True:
+            try:
+                self._wake(await self.stale_tenants())
+            except errors.LedgerError as error:
+                _log.warning("sweep: %s", error)
+            await asyncio.sleep(SWEEP_INTERVAL_S)
+
+    async def stale_tenants(self) -> list[str]:
+        """Tenants whose head is past what is folded, or whose published copy is gone or ageing."""
+        tenants = await self.ledger.tenants()
+        stale = []
+        for start in range(0, len(tenants), HEADS_A_CALL):
+            stale += await self._stale_among(tenants[start : start + HEADS_A_CALL])
+        return stale
+
+    async def _stale_among(self, tenants: Sequence[str]) -> list[str]:
+        asked = []
+        for tenant in tenants:
+            asked.append((keys.head(tenant), head_command(tenant)))
+            for projection in self.projections:
+                key = keys.published(tenant, projection.name)
+                asked.append((key, pack("TTL", key)))
+        replies = iter(await self.server.exchange_each(asked))
+        stale = []
+        for tenant in tenants:
+            head = parse_head(tenant, self.server.checked(next(replies)))
+            ttls = [self.server.checked(next(replies)) for _ in self.projections]
+            folds = [self._fold_of(tenant, projection) for projection in self.projections]
+            ageing = any(ttl == -2 or 0 <= ttl < self._ttl_seconds // 2 for ttl in ttls)
+            if head.seq and (ageing or any(fold.seq != head.seq for fold in folds)):
+                stale.append(tenant)
+        return stale
+
+    # -- rebuild ------------------------------------------------------------------------------
+
+    async def rebuild(
+        self, tenant: str, name: str = "governance", *, on_progress: Progress | None = None
+    ) -> int:
+        """Folds a tenant anew from its first entry, beside the state that readers see, and then
+        puts the new one in its place in one step; the entries folded.
+
+        Raises:
+            NotFound: nothing is recorded for the tenant, or there is no such projection.
+        """
+        projection = next((one for one in self.projections if one.name == name), None)
+        if projection is None:
+            known = ", ".join(one.name for one in self.projections)
+            raise errors.NotFound(f"no projection is called {name!r}", hint=f"there is: {known}")
+        if not (await self.ledger.head(tenant)).seq:
+            raise errors.NotFound(f"tenant {tenant}: nothing is recorded", tenant=tenant)
+        store = FoldStore(self.server, tenant, projection, rebuild=True)
+        await store.discard()
+        fold = TenantFold(self.server, tenant, projection, store)
+        fold.published_at = float("inf")  # readers keep the old one until this one is whole
+        folded = await self._catch_up(fold, on_progress)
+        assert fold.committed is not None
+        await store.adopt(fold.committed)
+        self._fold_of(tenant, projection).forget()
+        await fold.publish(self._ttl_seconds, force=True)
+        return folded
