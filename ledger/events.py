@@ -72,7 +72,10 @@ _ENCODING: Final = orjson.OPT_SORT_KEYS | orjson.OPT_UTC_Z
 
 
 def _utc(moment: datetime) -> datetime:
-    return moment if moment.tzinfo is UTC else moment.astimezone(UTC)
+    try:
+        return moment if moment.tzinfo is UTC else moment.astimezone(UTC)
+    except OverflowError:
+        raise ValueError("is outside the years 1 to 9999 in UTC") from None
 
 
 def _finite_json(value: Any) -> Any:
@@ -402,6 +405,8 @@ AnyEvent = Annotated[
     Field(discriminator="type"),
 ]
 _ANY_EVENT: TypeAdapter[Event] = TypeAdapter(AnyEvent)
+# Not what a caller derives from them: its fields were never checked against a schema of ours.
+_RECORDABLE: Final = frozenset(Event.__subclasses__())
 
 
 class EncodedEvent(NamedTuple):
@@ -417,8 +422,12 @@ def encode(event: Event) -> EncodedEvent:
     """The event's canonical bytes: sorted-key JSON of the fields that were set.
 
     Raises:
-        InvalidEvent: it is over 32 KiB, or holds what JSON cannot (an integer of over 64 bits).
+        InvalidEvent: it is no event of this module, is over 32 KiB, or holds what JSON cannot (an
+            integer of over 64 bits).
     """
+    if type(event) not in _RECORDABLE:
+        reason = f"{type(event).__name__} is no event that can be recorded"
+        raise _invalid(None, [("", reason)])
     fields = event.__pydantic_serializer__.to_python(event, exclude_unset=True)
     fields["type"] = event.type
     fields["id"] = event.id
@@ -465,10 +474,14 @@ def parse_stored(data: bytes) -> Event | dict[str, Any]:
     writer's type or value) comes back as the plain JSON object.
     """
     try:
-        return _ANY_EVENT.validate_json(data, extra="allow")
+        event = _ANY_EVENT.validate_json(data, extra="allow")
     except ValidationError:
+        event = None
+    # What is not stored must not be made up here.
+    if event is None or "id" not in event.model_fields_set:
         plain: dict[str, Any] = orjson.loads(data)
         return plain
+    return event if "at" in event.model_fields_set else event.model_copy(update={"at": None})
 
 
 def event_types() -> dict[str, type[Event]]:
@@ -483,18 +496,28 @@ def _from_validation(error: ValidationError) -> InvalidEvent:
 
 def _place(detail: ErrorDetails) -> str:
     known = event_types()
-    parts = [str(part) for part in detail["loc"] if part not in known]
-    return ".".join(parts)
+    parts = [_shown(str(part))[1:-1] for part in detail["loc"] if part not in known]
+    place = ".".join(parts)
+    return place if len(place) <= 120 else f"{place[:120]}…"
+
+
+def _shown(value: object) -> str:
+    """On one line of plain characters, and short, whatever it is."""
+    try:
+        shown = ascii(value)
+    except (RecursionError, ValueError):  # nested too deeply, an integer of thousands of digits
+        return f"<{type(value).__name__}>"
+    return shown if len(shown) <= 60 else f"{shown[:60]}…"
 
 
 def _reason(detail: ErrorDetails) -> str:
     if detail["type"] == "extra_forbidden":
         return "is no field of this event; put your own data into metadata"
-    shown = ascii(detail.get("input"))
-    shown = shown if len(shown) <= 60 else f"{shown[:60]}…"
+    if detail["type"] == "union_tag_invalid":  # its own message repeats a tag of any length
+        return f"type is none of {', '.join(event_types())}, got {_shown(detail.get('input'))}"
     message = detail["msg"].removeprefix("Value error, ")
     plain = detail["type"] in {"missing", "json_invalid", "union_tag_not_found", "value_error"}
-    return message if plain else f"{message}, got {shown}"
+    return message if plain else f"{message}, got {_shown(detail.get('input'))}"
 
 
 def _invalid(event_id: str | None, problems: list[tuple[str, str]]) -> InvalidEvent:

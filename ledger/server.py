@@ -129,6 +129,7 @@ class Server:
         self._pool: _Pool | None = None
         self._cluster: RedisCluster | None = None
         self._node_settings: dict[str, NodeSettings] = {}
+        self._closed = False
 
     @classmethod
     async def open(cls, settings: Settings) -> Self:
@@ -154,6 +155,7 @@ class Server:
 
     async def aclose(self) -> None:
         """Closes every connection and, for an embedded server, leaves it to its other users."""
+        self._closed = True
         if self._pool:
             await self._pool.aclose()
         if self._cluster:
@@ -308,6 +310,8 @@ class Server:
             await connection.disconnect(nowait=True)
             raise
         finally:
+            if self._closed:
+                await connection.disconnect(nowait=True)
             node.release(connection)
 
     def _node(self, key: str) -> _Node:

@@ -25,6 +25,7 @@ __all__ = ["PAGE_ENTRIES", "Entry", "Head", "Incident", "Position", "Walk"]
 
 PAGE_ENTRIES: Final = 1000
 _ENTRY_FIELDS: Final = 6
+_FOREIGN_FIELDS: Final = [b"type", b"foreign", b"id", b"", b"data", b"null"]
 _BLOCK_MS: Final = 5000
 _log = logging.getLogger("ledger")
 
@@ -53,7 +54,7 @@ class Entry:
     byte as it was stored; `event` that JSON as a dict; `typed()` the same as a model.
     """
 
-    __slots__ = ("_event", "_fields", "_id", "foreign", "seq", "tenant")
+    __slots__ = ("_event", "_fields", "_id", "_raw_fields", "foreign", "seq", "tenant")
 
     def __init__(
         self, tenant: str, seq: int, raw_id: bytes, fields: list[bytes], *, foreign: bool = False
@@ -61,7 +62,8 @@ class Entry:
         self.tenant = tenant
         self.seq = seq
         self._id = raw_id
-        self._fields = fields
+        self._raw_fields = fields
+        self._fields = _FOREIGN_FIELDS if foreign else fields
         self.foreign = foreign
         self._event: dict[str, Any] | None = None
 
@@ -106,7 +108,7 @@ class Entry:
     @property
     def raw_fields(self) -> list[bytes]:
         """Every field and value in stored order, as they are."""
-        return self._fields
+        return self._raw_fields
 
     @property
     def event(self) -> dict[str, Any]:
@@ -369,8 +371,9 @@ class Walk:
                 self._stream, "XRANGE", self._stream, start, "+", "COUNT", 4
             )
             for raw_id, _ in page:
-                if self._incident_at(raw_id) is None:
-                    return split_id(raw_id)
+                at = split_id(raw_id)
+                if at <= split_id(self.head.entry_id) and not self.is_foreign(raw_id):
+                    return at
             if not page:
                 return None
             start = f"({page[-1][0].decode()}"

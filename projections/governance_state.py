@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 import orjson
 
 from projections.projection import Unfoldable
-from projections.windows import COLUMNS, WINDOWS, new_windows, time_ms
+from projections.windows import COLUMNS, MINUTE_MS, WINDOWS, Moment, moment, moment_of_ms, new_windows
 
 if TYPE_CHECKING:
     from ledger.stream import Entry
@@ -38,20 +38,19 @@ __all__ = [
     "advance",
     "cell_of",
     "clipped",
-    "count_late",
+    "note_late",
     "fits",
     "kept_name",
     "malformed",
     "new_state",
     "remember",
     "text",
-    "text_or_none",
+    "optional_text",
 ]
 
 State = dict[str, Any]
 
 VERDICTS: Final = ("allow", "deny", "escalate", "transform", "abstain", "error")
-DECISION_COLUMNS=COLUMNS
 VERDICT_COLUMN: Final = {verdict: column for column, verdict in enumerate(VERDICTS)}
 WARNINGS: Final = 6
 VIOLATIONS: Final = 7
@@ -223,7 +222,7 @@ def text(event: dict[str, Any], field: str) -> str:
     return value
 
 
-def text_or_none(event: dict[str, Any], field: str) -> str | None:
+def optional_text(event: dict[str, Any], field: str) -> str | None:
     """An optional string. Raises as `text`."""
     return None if event.get(field) is None else text(event, field)
 
@@ -231,15 +230,16 @@ def text_or_none(event: dict[str, Any], field: str) -> str | None:
 # -- event time -----------------------------------------------------------------------------------
 
 
-def advance(state: State, entry: Entry, event: dict[str, Any]) -> int:
-    """The event's time in ms; the newest time seen moves up to it. Changes nothing if it raises.
+def advance(state: State, entry: Entry, event: dict[str, Any]) -> Moment:
+    """The event's time; the newest time seen moves up to it. Changes nothing if it raises.
 
     Raises:
         Unfoldable: `at` is no time, or more than five minutes ahead of the ledger's own: one event
             in the far future must not empty every window.
     """
-    at = event.get("at")
-    ms = entry.recorded_ms if at is None else time_ms(at)
+    text = event.get("at")
+    at = moment_of_ms(entry.recorded_ms) if text is None else moment(text)
+    ms = at[0]
     if ms > state["newest_ms"]:
         # `clock_ms` is a ledger time that an earlier entry has reached; recorded times never go
         # back, so this entry's own has to be read only where that one does not suffice.
@@ -249,8 +249,16 @@ def advance(state: State, entry: Entry, event: dict[str, Any]) -> int:
                 raise Unfoldable("at is more than five minutes ahead of the recorded time")
             state["clock_ms"] = recorded_ms
         state["newest_ms"] = ms
-    return ms
+    return at
 
 
-def note_late(state: State, ms: int) -> None:
-    """X"""
+def note_late(state: State, at: Moment) -> None:
+    """Counts what came after its minute had passed, and the windows that it came too late for."""
+    newest_ms = state["newest_ms"]
+    if newest_ms // MINUTE_MS == at[1]:
+        return
+    late = state["late"]
+    late["total"] += 1
+    for window, (_, bucket_ms, span) in WINDOWS.items():
+        if newest_ms // bucket_ms - at[0] // bucket_ms >= span:
+            late[window] += 1

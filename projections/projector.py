@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import aclosing
 from typing import Any, Final
 
+import orjson
+
 from ledger import errors, keys
 from ledger.ledger import Ledger
 from ledger.server import Server, pack
@@ -115,62 +117,59 @@ class TenantFold:
     async def _apply(
         self, entries: Sequence[Entry]
     ) -> tuple[dict[str, dict[str, Any]], dict[int, str]]:
-        projection, entities, subjects = self.projection, self._entities, self._subjects
-        touched: set[str] = {STATE}
-        quarantined: dict[int, str] = {}
-        await self._load_subjects(entries)
-        await self._load_entities(entries, quarantined)
+        """The entities that changed, and why which entries could not be folded."""
+        entities = self._entities
+        unreadable = {entry.seq: reason for entry in entries if (reason := _unreadable(entry))}
+        readable = [entry for entry in entries if entry.seq not in unreadable]
+        refused: dict[int, str] = {}
+        await self._load_subjects(readable)
+        touched = await self._load_entities(readable)
         for entry in entries:
-            if entry.seq in quarantined:
-                continue
             try:
-                subject_id = projection.subject_id(entry)
-                subject = subjects.get(subject_id) if subject_id else None
-                if subject is not None and subject.seq >= entry.seq:
-                    subject = None
-                projection.apply(entities, entry, subject)
-                touched.update(projection.names(entry))
+                self._fold(entry, unreadable.get(entry.seq))
             except Unfoldable as error:
-                quarantined[entry.seq] = str(error)
-            if entry.type == _DECISION:
-                self._keep_subject(entry)
-        if quarantined:
-            self._count_quarantined(quarantined)
-        return {name: entities[name] for name in touched if name in entities}, quarantined
+                refused[entry.seq] = error.reason
+                self.projection.quarantined(entities, entry)
+                self._name_quarantined(entry, error.reason)
+            if entry.type == _DECISION and entry.seq not in unreadable:
+                self._keep_subject(entry)  # folded or not: by the index it would be found too
+        return {name: entities[name] for name in touched if name in entities}, refused
 
-    def _count_quarantined(self, quarantined: dict[int, str]) -> None:
-        state = self._entities.setdefault(STATE, {})
-        state["quarantined"] = state.get("quarantined", 0) + len(quarantined)
-        for seq, reason in quarantined.items():
-            _log.warning(
-                "tenant %s: %s@%d cannot fold seq %d, it is quarantined: %s",
-                *(self.tenant, self.projection.name, self.projection.version, seq, reason),
-            )
+    def _fold(self, entry: Entry, unreadable: str | None) -> None:
+        if unreadable:
+            raise Unfoldable(unreadable)
+        subject_id = self.projection.subject_id(entry)
+        subject = self._subjects.get(subject_id) if subject_id else None
+        if subject is not None and subject.seq >= entry.seq:
+            subject = None
+        self.projection.apply(self._entities, entry, subject)
+
+    def _name_quarantined(self, entry: Entry, reason: str) -> None:
+        fold = f"{self.projection.name}@{self.projection.version}"
+        _log.warning("tenant %s: %s cannot fold seq %d: %s", self.tenant, fold, entry.seq, reason)
 
     async def _load_subjects(self, entries: Sequence[Entry]) -> None:
         """Decisions that follow-ups in this page refer to and that are not at hand."""
         coming = {entry.id for entry in entries if entry.type == _DECISION}
-        wanted: dict[str, None] = {}
-        for entry in entries:
-            try:
-                subject_id = self.projection.subject_id(entry)
-            except Unfoldable:
-                continue  # `_apply` meets it again and quarantines it
-            if subject_id and subject_id not in self._subjects and subject_id not in coming:
-                wanted[subject_id] = None
+        wanted = {
+            subject_id: None
+            for entry in entries
+            if (subject_id := self.projection.subject_id(entry))
+            and subject_id not in self._subjects
+            and subject_id not in coming
+        }
         for found in await find_many(self._server, self.tenant, list(wanted)):
-            if found.type == _DECISION:
+            if found.type == _DECISION and not _unreadable(found):
                 self._keep_subject(found)
 
-    async def _load_entities(self, entries: Sequence[Entry], quarantined: dict[int, str]) -> None:
-        wanted: dict[str, None] = {}
+    async def _load_entities(self, entries: Sequence[Entry]) -> dict[str, None]:
+        """Loads what the entries name; the names."""
+        wanted: dict[str, None] = {STATE: None}
         for entry in entries:
-            try:
-                wanted.update(dict.fromkeys(self.projection.names(entry)))
-            except Unfoldable as error:
-                quarantined[entry.seq] = str(error)
+            wanted.update(dict.fromkeys(self.projection.names(entry)))
         missing = [name for name in wanted if name not in self._entities]
         self._entities.update(await self.store.load(missing))
+        return wanted
 
     def _keep_subject(self, entry: Entry) -> None:
         self._subjects[entry.id] = Subject(entry.seq, entry.recorded_ms, entry.event)
@@ -193,6 +192,14 @@ class TenantFold:
         self.published_at, self.published_seq = time.monotonic(), self.seq
 
 
+def _unreadable(entry: Entry) -> str | None:
+    """Why the stored bytes are no event; only another hand can have written such."""
+    try:
+        return None if isinstance(entry.event, dict) else "data is no JSON object"
+    except orjson.JSONDecodeError as error:
+        return f"data is no JSON: {error}"
+
+
 class Projector:
     """Keeps the state of every tenant folded and published."""
 
@@ -200,7 +207,8 @@ class Projector:
         """`projections`: default `Governance()`."""
         self.server = ledger.server
         self.ledger = ledger
-        self.projections: tuple[Projection, ...] = tuple(projections) or (Governance(),)
+        default: Projection = Governance()
+        self.projections = tuple(projections) or (default,)
         self.stopped: dict[str, errors.LedgerError] = {}
         """Tenants that are not folded any more, and why."""
         self._folds: dict[tuple[str, str], TenantFold] = {}
@@ -208,6 +216,7 @@ class Projector:
         self._dirty: dict[str, None] = {}
         self._woken = asyncio.Event()
         self._busy: set[str] = set()
+        self._again: set[str] = set()
 
     def _fold_of(self, tenant: str, projection: Projection) -> TenantFold:
         key = (tenant, projection.name)
@@ -282,7 +291,11 @@ class Projector:
                 tasks.create_task(self._work())
 
     def _wake(self, tenants: Iterable[str]) -> None:
-        self._dirty.update(dict.fromkeys(tenants))
+        for tenant in tenants:
+            if tenant in self._busy:
+                self._again.add(tenant)
+            else:
+                self._dirty[tenant] = None
         if self._dirty:
             self._woken.set()
 
@@ -308,15 +321,14 @@ class Projector:
                 await self._woken.wait()
             tenant = next(iter(self._dirty))
             del self._dirty[tenant]
-            if tenant in self._busy:
-                await asyncio.sleep(0.001)
-                self._wake([tenant])
-                continue
             self._busy.add(tenant)
             try:
                 await self._fold_fairly(tenant)
             finally:
                 self._busy.discard(tenant)
+                if tenant in self._again:
+                    self._again.discard(tenant)
+                    self._wake([tenant])
 
     async def _fold_fairly(self, tenant: str) -> None:
         """One batch; a tenant with more to fold queues again behind the others."""
@@ -325,7 +337,8 @@ class Projector:
                 fold = self._fold_of(tenant, projection)
                 wait_s = fold.published_at + PUBLISH_INTERVAL_S - time.monotonic()
                 if wait_s > 0:
-                    await asyncio.sleep(wait_s)
+                    asyncio.get_running_loop().call_later(wait_s, self._wake, [tenant])
+                    continue
                 await self._catch_up(fold, pages=1)
                 await fold.publish(self._ttl_seconds)
                 if fold.is_behind:

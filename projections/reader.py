@@ -27,8 +27,8 @@ class StateReader:
         """`projections`: default `Governance()`."""
         self._server = ledger.server
         self._ledger = ledger
-        known: Sequence[Projection] = tuple(projections) or (Governance(),)
-        self._projections = {one.name: one for one in known}
+        default: Projection = Governance()
+        self._projections = {one.name: one for one in tuple(projections) or (default,)}
 
     async def state(
         self,

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import re
 from datetime import UTC, datetime, timedelta
-from typing import Any, Final
+from operator import itemgetter
+from typing import Final
 
 from projections.projection import Unfoldable
 
@@ -18,14 +19,15 @@ __all__ = [
     "BUCKET",
     "COLUMNS",
     "HOUR_MS",
-    "HOUR_SLOTS",
     "MINUTE_MS",
-    "MINUTE_SLOTS",
     "WINDOWS",
-    "in_window",
+    "Moment",
+    "Windows",
+    "live_slots",
+    "moment",
+    "moment_of_ms",
     "new_windows",
     "slots",
-    "time_ms",
     "time_text",
 ]
 
@@ -47,51 +49,64 @@ WINDOWS: Final = {
 }
 """By window: the ring that it is read from, the length of a bucket in ms, and how many it spans."""
 
+Windows = dict[str, list[list[int]]]
+Moment = tuple[int, int, int, int, int]
+"""A time: ms since 1970, its minute and the minute's place in the ring, its hour and that's place."""
+
 _EMPTY: Final = (0,) * COLUMNS
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
-_TIME: Final = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d):(\d\d)(?:\.(\d{1,9}))?Z", re.ASCII)
+_LAST_MS: Final = 253_402_300_799_999
+"""The end of the year 9999."""
+_SECOND: Final = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", re.ASCII)
+_FRACTION: Final = re.compile(r"\.(\d{1,9})Z", re.ASCII)
+_SURELY_LIVE_MS: Final = (MINUTE_SLOTS - 1) * MINUTE_MS
 _MEMO_LIMIT: Final = 4096
-_minute_ms: dict[str, int] = {}
-_SECOND_MS: Final = {f":{second:02}Z": second * 1000 for second in range(60)}
+_memo: dict[str, Moment] = {}
 
 
-def time_ms(text: str) -> int:
-    """Milliseconds since 1970 of an RFC 3339 time in UTC, as the ledger stores it; finer is cut.
+def moment(text: str) -> Moment:
+    """The moment of an RFC 3339 time in UTC, as the ledger stores it; finer than a ms is cut.
 
     Raises:
         Unfoldable: it is no such time.
     """
     try:
-        return _minute_ms[text[:16]] + _SECOND_MS[text[16:]]
-    except (KeyError, TypeError):
-        return _parsed_ms(text)
+        return _memo.get(text) or _parsed(text)
+    except TypeError:
+        raise Unfoldable("a time is not a string") from None
 
 
-def _parsed_ms(text: str) -> int:
-    match = _TIME.fullmatch(text) if type(text) is str else None
-    if match is None:
-        raise Unfoldable("a time is not RFC 3339 in UTC")
-    minute, second, fraction = match.groups("0")
-    minute_ms = _minute_ms.get(minute)
-    if minute_ms is None or second > "59":
+def _parsed(text: str) -> Moment:
+    if _SECOND.fullmatch(text):
         try:
-            begin = datetime.fromisoformat(f"{minute}:{second}+00:00").replace(second=0)
+            time = datetime.fromisoformat(text)
         except ValueError:
             raise Unfoldable("a time is not in the calendar") from None
-        minute_ms = (begin - _EPOCH) // timedelta(milliseconds=1)
-        if len(_minute_ms) >= _MEMO_LIMIT:
-            _minute_ms.clear()
-        _minute_ms[minute] = minute_ms
-    return minute_ms + int(second) * 1000 + int(fraction[:3].ljust(3, "0"))
+        parsed = moment_of_ms((time - _EPOCH) // timedelta(milliseconds=1))
+        if len(_memo) >= _MEMO_LIMIT:
+            _memo.clear()
+        _memo[text] = parsed
+        return parsed
+    fraction = _FRACTION.fullmatch(text, 19)
+    if fraction is None:
+        raise Unfoldable("a time is not RFC 3339 in UTC")
+    ms, *place = moment(text[:19] + "Z")
+    return (ms + int(fraction[1][:3].ljust(3, "0")), *place)
+
+
+def moment_of_ms(ms: int) -> Moment:
+    """The moment `ms` after 1970 began."""
+    minute, hour = ms // MINUTE_MS, ms // HOUR_MS
+    return ms, minute, minute % MINUTE_SLOTS, hour, hour % HOUR_SLOTS
 
 
 def time_text(ms: int) -> str:
-    """RFC 3339 in UTC with milliseconds."""
-    moment = _EPOCH + timedelta(milliseconds=ms)
-    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    """RFC 3339 in UTC with milliseconds; what is past the year 9999 shows as its end."""
+    time = _EPOCH + timedelta(milliseconds=min(ms, _LAST_MS))
+    return time.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def new_windows() -> dict[str, list[list[int]]]:
+def new_windows() -> Windows:
     """Empty rings. A slot that counts nothing yet stands for the bucket 0, the first of 1970."""
     return {
         "minutes": [[*_EMPTY, 0] for _ in range(MINUTE_SLOTS)],
@@ -99,33 +114,27 @@ def new_windows() -> dict[str, list[list[int]]]:
     }
 
 
-def slots(windows: dict[str, list[list[int]]], ms: int, newest_ms: int) -> list[list[int]]:
+def slots(windows: Windows, at: Moment, newest_ms: int) -> list[list[int]]:
     """The slots that still count the moment: the minute's and the hour's, or one, or none."""
+    ms, minute, minute_place, hour, hour_place = at
     found = []
-    minute = ms // MINUTE_MS
-    if newest_ms // MINUTE_MS - minute < MINUTE_SLOTS:
-        slot = windows["minutes"][minute % MINUTE_SLOTS]
+    # Almost every event is within the hour, and then neither bucket can have left its window.
+    recent = newest_ms - ms < _SURELY_LIVE_MS
+    if recent or newest_ms // MINUTE_MS - minute < MINUTE_SLOTS:
+        slot = windows["minutes"][minute_place]
         if slot[BUCKET] != minute:
             slot[:] = (*_EMPTY, minute)
         found.append(slot)
-    hour = minute // 60
-    if newest_ms // HOUR_MS - hour < HOUR_SLOTS:
-        slot = windows["hours"][hour % HOUR_SLOTS]
+    if recent or newest_ms // HOUR_MS - hour < HOUR_SLOTS:
+        slot = windows["hours"][hour_place]
         if slot[BUCKET] != hour:
             slot[:] = (*_EMPTY, hour)
         found.append(slot)
     return found
 
 
-def in_window(ring: list[list[int]], newest_bucket: int, span: int) -> list[list[int]]:
+def live_slots(ring: list[list[int]], newest_bucket: int, span: int) -> list[list[int]]:
     """The slots of the `span` newest buckets that count anything, oldest first."""
-    live = [
-        slot
-        for slot in ring
-        if newest_bucket - span < slot[BUCKET] <= newest_bucket and any(slot[:COLUMNS])
-    ]
-    return sorted(live, key=_bucket)
-
-
-def _bucket(slot: list[int]) -> Any:
-    return slot[BUCKET]
+    oldest = newest_bucket - span + 1
+    live = [slot for slot in ring if slot[BUCKET] >= oldest and any(slot[:COLUMNS])]
+    return sorted(live, key=itemgetter(BUCKET))

