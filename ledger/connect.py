@@ -7,7 +7,7 @@ from typing import Any, Final
 from urllib.parse import unquote, urlsplit
 
 from redis import exceptions as redis_errors
-from redis.asyncio import ConnectionPool, RedisCluster
+from redis.asyncio import ConnectionPool, Redis, RedisCluster
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel
 from redis.backoff import NoBackoff
@@ -84,11 +84,11 @@ def cluster_client(url: str, settings: Settings) -> RedisCluster:
     """redis-py's cluster client, of which we use the topology and the connections."""
     options = _connection_options(settings, url)
     options["maint_notifications_config"] = MaintNotificationsConfig(enabled=False)
-    return RedisCluster.from_url(url, cluster_error_retry_attempts=0, **options)
+    return RedisCluster.from_url(url, **options)
 
 
-def sentinel_pool(settings: Settings) -> ConnectionPool:
-    """Connections to the primary that the sentinels name."""
+def sentinel_pool(settings: Settings) -> tuple[ConnectionPool, list[Redis]]:
+    """Connections to the primary that the sentinels name, and the clients that ask them."""
     parts = urlsplit(settings.redis_url)
     service = parts.path.strip("/") or "mymaster"
     hosts = parts.netloc.rpartition("@")[2].split(",")
@@ -99,5 +99,4 @@ def sentinel_pool(settings: Settings) -> ConnectionPool:
     if parts.password:
         options["password"] = unquote(parts.password)
     primary = sentinel.master_for(service, retry=Retry(NoBackoff(), 0), **options)
-    found: ConnectionPool = primary.connection_pool
-    return found
+    return primary.connection_pool, sentinel.sentinels

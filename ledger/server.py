@@ -22,7 +22,7 @@ from typing import Any, Final, Protocol, Self
 from urllib.parse import urlsplit
 
 from redis import exceptions as redis_errors
-from redis.asyncio import ConnectionPool, RedisCluster
+from redis.asyncio import ConnectionPool, Redis, RedisCluster
 from redis.asyncio.connection import AbstractConnection
 
 from ledger import errors, keys
@@ -129,6 +129,7 @@ class Server:
         self._pool: _Pool | None = None
         self._cluster: RedisCluster | None = None
         self._node_settings: dict[str, NodeSettings] = {}
+        self._sentinels: list[Redis] = []
         self._closed = False
 
     @classmethod
@@ -160,6 +161,8 @@ class Server:
             await self._pool.aclose()
         if self._cluster:
             await self._cluster.aclose()
+        for sentinel in self._sentinels:
+            await sentinel.aclose()
         if self.embedded:
             await asyncio.to_thread(self.embedded.release)
 
@@ -170,7 +173,8 @@ class Server:
             self.embedded = await asyncio.to_thread(EmbeddedServer.acquire, embedded_path(url))
             url = self.embedded.url
         if scheme == "redis+sentinel":
-            self._pool = _Pool(sentinel_pool(self.settings))
+            primary, self._sentinels = sentinel_pool(self.settings)
+            self._pool = _Pool(primary)
         else:
             self._pool = _Pool(pool(url, self.settings))
         if scheme in ("redis", "rediss") and await self._is_cluster():
