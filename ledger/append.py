@@ -13,7 +13,7 @@ import logging
 import secrets
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any, Final, NamedTuple
@@ -24,7 +24,7 @@ from ledger import errors, keys
 from ledger.events import EncodedEvent, Event, encode
 from ledger.replies import translate
 from ledger.server import LIBRARY_VERSION, NodeSettings, Server, pack
-from ledger.stream import Incident, Position, headless
+from ledger.stream import Incident, Position, bad_index, behind, blocked, headless
 
 __all__ = ["BATCH_EVENTS_LIMIT", "Appender", "Durability", "Receipt"]
 
@@ -48,11 +48,16 @@ class Durability(StrEnum):
     memory      the server has it and will write it out within about a second (`everysec`)
     fsynced     it is on the server's disk: `appendfsync always`, nothing less is honest
     replicated  at least one replica has acknowledged it too
+
+    Who asks for a level is content with a higher one.
     """
 
     MEMORY = "memory"
     FSYNCED = "fsynced"
     REPLICATED = "replicated"
+
+
+_LEVELS: Final = tuple(Durability)
 
 
 class Receipt(NamedTuple):
@@ -222,20 +227,24 @@ class _Lane:
     async def _send(self, groups: list[_Group]) -> None:
         wanted = groups[0].durability
         stream = self._on[0]
-        settings = self._server.known_settings(stream)
+        last, settings = self._server.last_settings(stream), self._server.known_settings(stream)
         stale = settings is None
-        if self._server.never_asked(stream):
+        if last is None or (stale and self._evicts(last)):
             settings, stale = await self._server.node_settings(stream), False
         if settings is not None:
             self._refuse_unsafe(settings, wanted)
         reply, replicas, later = await self._call(groups, wanted, stale=stale, registered=False)
-        if later is None and self._server.never_asked(stream):  # it answered from another node
+        if later is None and self._server.last_settings(stream) is None:  # it was another node
             later = await self._server.node_settings(stream)
         settings = later or settings or NodeSettings()
         self._settle(groups, reply, _reached(settings, replicas), wanted, replicas)
 
+    def _evicts(self, settings: NodeSettings) -> bool:
+        allowed = self._server.settings.govledger_allow_eviction
+        return settings.evicts_ledger_keys and not allowed
+
     def _refuse_unsafe(self, settings: NodeSettings, wanted: Durability | None) -> None:
-        if settings.evicts_ledger_keys and not self._server.settings.govledger_allow_eviction:
+        if self._evicts(settings):
             raise errors.UnsafeServer(
                 f"{self._server.address}: maxmemory-policy is {settings.maxmemory_policy}, which "
                 "evicts keys without a TTL: acknowledged decisions would vanish",
@@ -299,7 +308,7 @@ class _Lane:
                 continue
             if result[0] != 0:
                 group.done.set_exception(self._refusal(group, result))
-            elif wanted is not None and reached != wanted:
+            elif wanted is not None and _LEVELS.index(reached) < _LEVELS.index(wanted):
                 group.done.set_exception(self._not_reached(wanted, reached, replicas))
             else:
                 group.done.set_result(self._receipts(group, epoch, result, reached))
@@ -328,6 +337,17 @@ class _Lane:
         if result[0] == 1:
             _, offset, ms, seq, digest = result
             event, offered = group.events[offset], group.sha256[offset].hex()
+            if any(earlier.id == event.id for earlier in group.events[:offset]):
+                return errors.ConflictingEvent(
+                    f"tenant {self._tenant}: id {event.id} is twice in this batch, with different "
+                    "content",
+                    hint="give each event an id of its own; nothing of the batch was written",
+                    tenant=self._tenant,
+                    id=event.id,
+                    recorded_sha256=digest.hex(),
+                    offered_sha256=offered,
+                    index=offset,
+                )
             return errors.ConflictingEvent(
                 f"tenant {self._tenant}: id {event.id} is recorded as seq {seq} with other content "
                 f"(recorded SHA-256 {digest.hex()[:16]}…, offered {offered[:16]}…)",
@@ -362,39 +382,8 @@ class _Lane:
 
     def _whole_refusal(self, reply: Exception) -> errors.LedgerError:
         code, *facts = str(reply).split(" ")
-        tenant = self._tenant
-        if code == "LEDGERSKEW":
-            ahead_s = (time.time_ns() // 1_000_000 - int(facts[0])) / 1000
-            return errors.ClockSkew(
-                f"this machine's clock is {ahead_s:+.0f} s from the server's; the limit is 300 s",
-                hint="set the clock (NTP) here or there; nothing was written",
-                ahead_s=ahead_s,
-            )
-        if code == "LEDGERBEHIND":
-            return errors.IndexBehind(
-                f"tenant {tenant}: the idempotency index covers {facts[0]} of {facts[1]} entries, "
-                "so a duplicate could get in",
-                hint=f"govledger reindex {tenant}",
-                tenant=tenant,
-            )
-        if code == "LEDGERNOHEAD":
-            return headless(tenant)
-        if code == "LEDGERBLOCKED":
-            return errors.StreamBlocked(
-                f"tenant {tenant}: somebody set the stream's last id to {facts[0]} (ours was "
-                f"{facts[1]}): no later entry could carry a true time",
-                hint=f"delete that foreign entry, then XSETID {self._on[0]} {facts[1]} "
-                f"ENTRIESADDED {facts[2]} MAXDELETEDID 0-0; else copy under a new epoch",
-                tenant=tenant,
-                entry_id=facts[0],
-            )
-        if code == "LEDGERFOREIGN":
-            return errors.ForeignEntries(
-                f"tenant {tenant}: more than 5,000 foreign entries; registered up to {facts[1]}",
-                hint="append again to register the next; find who has write access to the stream",
-                tenant=tenant,
-            )
-        return translate(reply, self._server.address)
+        build = _REFUSALS.get(code)
+        return build(self._tenant, facts) if build else translate(reply, self._server.address)
 
     def _not_reached(
         self, wanted: Durability, reached: Durability, replicas: int | None
@@ -406,6 +395,34 @@ class _Lane:
             wanted=wanted,
             reached=reached,
         )
+
+
+def _clock_skew(_: str, facts: list[str]) -> errors.LedgerError:
+    ahead_s = (time.time_ns() // 1_000_000 - int(facts[0])) / 1000
+    return errors.ClockSkew(
+        f"this machine's clock is {ahead_s:+.0f} s from the server's; the limit is 300 s",
+        hint="set the clock (NTP) here or there; nothing was written",
+        ahead_s=ahead_s,
+    )
+
+
+def _many_foreign(tenant: str, facts: list[str]) -> errors.LedgerError:
+    return errors.ForeignEntries(
+        f"tenant {tenant}: more than 5,000 foreign entries; registered up to {facts[1]}",
+        hint="append again to register the next; find who has write access to the stream",
+        tenant=tenant,
+    )
+
+
+_REFUSALS: Final[dict[str, Callable[[str, list[str]], errors.LedgerError]]] = {
+    "LEDGERSKEW": _clock_skew,
+    "LEDGERBEHIND": lambda tenant, facts: behind(tenant, int(facts[0]), int(facts[1])),
+    "LEDGERBADINDEX": bad_index,
+    "LEDGERNOHEAD": lambda tenant, _: headless(tenant),
+    "LEDGERBLOCKED": blocked,
+    "LEDGERFOREIGN": _many_foreign,
+}
+"""What an error reply of `append` in functions.lua means, by its code."""
 
 
 def _not_fsynced(address: str, settings: NodeSettings) -> errors.UnsafeServer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import unquote, urlsplit
@@ -25,18 +26,35 @@ READ_BYTES: Final = 256 * 1024
 _SCHEMES: Final = ("redis", "rediss", "unix", "embedded", "redis+sentinel")
 
 
+_TCP_SCHEMES: Final = ("redis", "rediss", "redis+sentinel")
+_HOSTS = re.compile(
+    r"(\[[0-9A-Fa-f:.%]+\]|[A-Za-z0-9._-]*)(:\d{1,5})?(,[A-Za-z0-9._-]+(:\d{1,5})?)*"
+)
+
+
 def shown_address(url: str) -> str:
-    """The URL without user, password and query: safe to show."""
+    """The URL without user, password and query: safe to show.
+
+    Raises:
+        InvalidSetting: the scheme is unknown, or what should be host and port is not.
+    """
     try:
         parts = urlsplit(url)
-        host, port = parts.hostname or "", f":{parts.port}" if parts.port else ""
     except ValueError as error:
         raise errors.InvalidSetting(f"REDIS_URL: {error}", hint=_URL_HINT) from None
     if parts.scheme not in _SCHEMES:
         raise errors.InvalidSetting(
             f"REDIS_URL: unknown scheme {parts.scheme!r}", hint=_URL_HINT, scheme=parts.scheme
         )
-    return f"{parts.scheme}://{host}{port}{parts.path}"
+    hosts = parts.netloc.rpartition("@")[2]
+    behind = parts.path + parts.query + parts.fragment
+    # A password with / ? or # in it would end up in host, port or path, and be shown.
+    if not _HOSTS.fullmatch(hosts) or (parts.scheme in _TCP_SCHEMES and "@" in behind):
+        raise errors.InvalidSetting(
+            "REDIS_URL: host and port cannot be made out",
+            hint=f"percent-encode / ? # @ : in a password, or set REDIS_PASSWORD; {_URL_HINT}",
+        )
+    return f"{parts.scheme}://{hosts}{parts.path}"
 
 
 _URL_HINT: Final = (
@@ -51,7 +69,8 @@ def embedded_path(url: str) -> Path:
     path = unquote(parts.path)
     if parts.netloc or not path.startswith("/") or path == "/":
         raise errors.InvalidSetting(
-            f"REDIS_URL: {url!r} names no data directory", hint="embedded:///absolute/directory"
+            f"REDIS_URL: {shown_address(url)} names no data directory",
+            hint="embedded:///absolute/directory",
         )
     return Path(path)
 
@@ -95,8 +114,11 @@ def sentinel_pool(settings: Settings) -> tuple[ConnectionPool, list[Redis]]:
     addresses = [(host.partition(":")[0], int(host.partition(":")[2] or 26379)) for host in hosts]
     options = _connection_options(settings, f"redis://{parts.netloc.split(',')[0]}")
     options.pop("retry")
-    sentinel = Sentinel(addresses, socket_timeout=CONNECT_TIMEOUT_S)  # type: ignore[no-untyped-call]
+    asking = {"socket_timeout": CONNECT_TIMEOUT_S, "retry": Retry(NoBackoff(), 0)}
+    sentinel = Sentinel(addresses, sentinel_kwargs=asking)  # type: ignore[no-untyped-call]
     if parts.password:
         options["password"] = unquote(parts.password)
+    if parts.username:
+        options["username"] = unquote(parts.username)
     primary = sentinel.master_for(service, retry=Retry(NoBackoff(), 0), **options)
     return primary.connection_pool, sentinel.sentinels

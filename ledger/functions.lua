@@ -117,17 +117,38 @@ local function blocked(tail, head, now)
   return tonumber(time) > math.max(now, tonumber((split_id(head.id)))) + CLOCK_SKEW_LIMIT_MS
 end
 
+-- Index value: 6 bytes ms, 6 bytes seq (big-endian), 32 bytes SHA-256 of data.
+local INDEX_VALUE_BYTES = 44
+
+local function index_value(ms, seq, sha256)
+  return struct.pack('>I6I6', ms, seq) .. sha256
+end
+
+-- Whether the oldest entry up to the known tail is indexed under its very id: then a counter that
+-- went back was set by XSETID, and the stream was not deleted and made again.
+local function begins_with_ours(stream, index, head)
+  local first = call('XRANGE', stream, '-', head.id, 'COUNT', 1)[1]
+  local value = first and #first[2] == 6 and call('HGET', index, first[2][4])
+  if not value or #value ~= INDEX_VALUE_BYTES then return false end
+  local ms, seq = split_id(first[1])
+  return string.sub(value, 1, 12) == index_value(tonumber(ms), tonumber(seq), '')
+end
+
 -- Compares the stream with what the function last left there, and registers what others did.
-local function reconcile(stream, head_key, head, now)
+local function reconcile(keys, head, now)
+  local stream, head_key = keys[1], keys[2]
   local tail = read_tail(stream)
   if tail.id == head.id and tail.added == head.added and tail.length == head.length then
     return {}
   end
   if blocked(tail, head, now) then
-    return nil, refuse('LEDGERBLOCKED', tail.id, head.id, head.added)
+    local limit = string.format('%.0f', now + CLOCK_SKEW_LIMIT_MS)
+    local last = call('XREVRANGE', stream, limit, '(' .. head.id, 'COUNT', 1)[1]
+    return nil, refuse('LEDGERBLOCKED', tail.id, head.id, last and last[1] or head.id)
   end
   local notes = {}
-  if tail.added < head.added then
+  local recreated = tail.added < head.added and not begins_with_ours(stream, keys[3], head)
+  if recreated then
     notes[1] = note_incident(head_key, head, now, {kind = 'recreated', seq = head.seq,
       count = head.length, first_id = tail.id, last_id = head.id})
     -- Nothing says what lies at or below the old tail: count from what is there now.
@@ -142,7 +163,7 @@ local function reconcile(stream, head_key, head, now)
   if tail.length < head.length then
     notes[#notes + 1] = note_incident(head_key, head, now, {kind = 'missing', seq = head.seq,
       count = head.length - tail.length, first_id = tail.id, last_id = head.id})
-  elseif id_is_greater(tail.id, head.id) or tail.added ~= head.added then
+  elseif not recreated and (id_is_greater(tail.id, head.id) or tail.added ~= head.added) then
     notes[#notes + 1] = note_incident(head_key, head, now, {kind = 'moved', seq = head.seq,
       count = 0, first_id = head.id, last_id = tail.id})
   end
@@ -179,11 +200,6 @@ local function read_groups(args)
     at = group.first + group.count * EVENT_ARGS
   end
   return groups, ids
-end
-
--- Index value: 6 bytes ms, 6 bytes seq (big-endian), 32 bytes SHA-256 of data.
-local function index_value(ms, seq, sha256)
-  return struct.pack('>I6I6', ms, seq) .. sha256
 end
 
 -- Plans one group against what is known: its new events, its duplicates, or the refusal.
@@ -232,6 +248,7 @@ local function append_groups(keys, args, head, ms)
   local groups, ids = read_groups(args)
   local found, known = call('HMGET', keys[3], unpack(ids)), {}
   for i, value in ipairs(found) do
+    if value and #value ~= INDEX_VALUE_BYTES then return refuse('LEDGERBADINDEX', ids[i]) end
     if value then known[ids[i]] = value end
   end
   local results, index_args, before = {}, {}, head.seq
@@ -272,20 +289,51 @@ local function append(keys, args)
     if not string.find(args[3], 'r', 1, true) then return refuse('LEDGERUNREGISTERED') end
     head = {epoch = args[4], id = '0-0', seq = 0, added = 0, length = 0, own = 0, incidents = 0}
   end
-  local notes, blocked_reply = reconcile(keys[1], keys[2], head, now)
-  if not notes then return blocked_reply end
+  local notes, notes_refusal = reconcile(keys, head, now)
+  if not notes then return notes_refusal end
   local indexed = call('HLEN', keys[3])
   if indexed ~= head.own then return refuse('LEDGERBEHIND', indexed, head.own) end
+  -- Nothing undoes an XADD whose index entry is then denied.
+  if not redis.acl_check_cmd('HSET', keys[3], '', '') then
+    return refuse('NOPERM', 'an append needs the right to run HSET')
+  end
   local results, wrote = append_groups(keys, args, head, next_time_ms(head, now))
+  if results.err then return results end
   if not wrote and string.find(args[3], 'w', 1, true) then
     call('HINCRBY', keys[2], 'touched', 1)
   end
   return {head.epoch, notes, results}
 end
 
+-- Registers what others did to the stream, without an append. KEYS: stream, head, index.
+-- ARGV: protocol.
+local function notice(keys, args)
+  local refusal = protocol_refusal(args[1])
+  if refusal then return refusal end
+  local head = read_head(keys[2])
+  if not head then return refuse('LEDGERNOHEAD') end
+  local notes, notes_refusal = reconcile(keys, head, server_now_ms())
+  return notes or notes_refusal
+end
+
+-- A head made anew from what a reader took the stream to be; see `finish_reindex`.
+local FIRST_RUN = 8
+local function rebuilt_head(key, args, tail)
+  local head = {epoch = args[2], id = tail.id, seq = tonumber(args[4]), incidents = 0}
+  local now = server_now_ms()
+  note_incident(key, head, now, {kind = 'headless', seq = head.seq, count = tonumber(args[5]),
+    first_id = '0-0', last_id = tail.id})
+  for run = FIRST_RUN, #args, 4 do
+    note_incident(key, head, now, {kind = 'foreign', seq = tonumber(args[run]),
+      count = tonumber(args[run + 1]), first_id = args[run + 2], last_id = args[run + 3]})
+  end
+  return head
+end
+
 -- Puts a rebuilt index in place if it covers the stream to the tail that the caller read.
 -- KEYS: stream, head, index, rebuilt index. ARGV: protocol, epoch for a lost head, the tail read:
--- last id, ordinal, own entries, entries added, length.
+-- last id, ordinal, own entries, entries added, length; then, for a lost head, the runs of foreign
+-- entries: first ordinal, count, first id, last id.
 local function finish_reindex(keys, args)
   local refusal = protocol_refusal(args[1])
   if refusal then return refusal end
@@ -296,12 +344,11 @@ local function finish_reindex(keys, args)
   local own, rebuilt = tonumber(args[5]), call('HLEN', keys[4])
   if own ~= rebuilt then return refuse('LEDGERBEHIND', rebuilt, own) end
   if not head then
-    head = {epoch = args[2], incidents = 0}
-    note_incident(keys[2], head, server_now_ms(), {kind = 'headless', seq = tonumber(args[4]),
-      count = own, first_id = '0-0', last_id = tail.id})
+    head = rebuilt_head(keys[2], args, tail)
+  elseif head.added ~= tail.added or head.length ~= tail.length then
+    return refuse('LEDGERMOVED', head.id)
   end
-  head.id, head.seq, head.own = tail.id, tonumber(args[4]), own
-  head.added, head.length = tail.added, tail.length
+  head.own, head.added, head.length = own, tail.added, tail.length
   call('DEL', keys[3])
   if own > 0 then call('RENAME', keys[4], keys[3]) end
   write_head(keys[2], head)
@@ -372,6 +419,7 @@ local function publish(keys, args)
 end
 
 redis.register_function('govledger_append', append)
+redis.register_function('govledger_notice', notice)
 redis.register_function('govledger_finish_reindex', finish_reindex)
 redis.register_function('govledger_commit', commit)
 redis.register_function('govledger_adopt', adopt)

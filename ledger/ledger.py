@@ -223,7 +223,7 @@ class Ledger:
                 seq=seq,
             )
         walk = await self.walk(tenant, after=seq - 1)
-        walk.page_entries = 1
+        walk.page_entries = min(walk.page_entries, seq - walk.seq)
         async with aclosing(walk.pages()) as pages:
             async for page in pages:
                 return page[0]

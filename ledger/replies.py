@@ -21,7 +21,8 @@ def library_is_old(error: Exception) -> bool:
 def function_missing(address: str) -> errors.FunctionMissing:
     """For a user that may not load it."""
     return errors.FunctionMissing(
-        f"{address}: the function library `govledger` is not loaded, and this user may not load it",
+        f"{address}: the function library `govledger` is not loaded or is of an older release, and "
+        "this user may not load it",
         hint="let an operator's `govledger project` connect once, or grant +function|load",
     )
 

@@ -269,42 +269,41 @@ class Server:
     async def _exchange_once(
         self, key: str, packed: list[bytes], replies: int, timeout_s: float
     ) -> list[Reply]:
+        """MOVED, LOADING and their like become errors worth another attempt; an ASK is followed."""
+        got = await self._exchange_with(self._node(key), packed, replies, timeout_s)
+        asked = next((reply for reply in got if isinstance(reply, redis_errors.AskError)), None)
+        if asked is not None and self._cluster:
+            node = self._cluster.get_node(host=asked.host, port=asked.port)
+            if node is not None:
+                got = await self._exchange_asking(node, packed, replies, timeout_s)  # type: ignore[arg-type]
+        for reply in got:
+            if isinstance(reply, redis_errors.RedisError):
+                named = translate(reply, self.address)
+                if isinstance(named, _RETRYABLE):
+                    raise named from reply
+        return got
+
+    async def _exchange_asking(
+        self, node: _Node, packed: list[bytes], replies: int, timeout_s: float
+    ) -> list[Reply]:
+        asking = pack("ASKING")
+        if len(packed) != replies:  # a function call in parts; what is behind it has no key
+            return (await self._exchange_with(node, [asking, *packed], replies + 1, timeout_s))[1:]
+        each = [part for command in packed for part in (asking, command)]
+        return (await self._exchange_with(node, each, 2 * replies, timeout_s))[1::2]
+
+    async def _exchange_with(
+        self, node: _Node, packed: list[bytes], replies: int, timeout_s: float
+    ) -> list[Reply]:
         try:
-            async with self._connection(key) as connection, asyncio.timeout(timeout_s):
+            async with self._connection(node) as connection, asyncio.timeout(timeout_s):
                 await connection.send_packed_command(packed, check_health=False)
-                got = [await _reply(connection) for _ in range(replies)]
+                return [await _reply(connection) for _ in range(replies)]
         except (redis_errors.RedisError, OSError) as error:
             raise translate(error, self.address) from error
-        if replies and isinstance(got[0], redis_errors.ResponseError):
-            return await self._redirected(got, packed, replies, timeout_s)
-        return got
-
-    async def _redirected(
-        self, got: list[Reply], packed: list[bytes], replies: int, timeout_s: float
-    ) -> list[Reply]:
-        """Follows one ASK; MOVED, LOADING and their like become errors worth another attempt."""
-        error = got[0]
-        if isinstance(error, redis_errors.AskError) and self._cluster:
-            node = self._cluster.get_node(host=error.host, port=error.port)
-            if node is not None:
-                connection = node.acquire_connection()
-                try:
-                    async with asyncio.timeout(timeout_s):
-                        asking = [pack("ASKING"), *packed]
-                        await connection.send_packed_command(asking, check_health=False)
-                        return [await _reply(connection) for _ in range(replies + 1)][1:]
-                except (redis_errors.RedisError, OSError) as broken:
-                    raise translate(broken, self.address) from broken
-                finally:
-                    node.release(connection)
-        named = translate(error, self.address)
-        if isinstance(named, _RETRYABLE):
-            raise named from error
-        return got
 
     @asynccontextmanager
-    async def _connection(self, key: str) -> AsyncIterator[AbstractConnection]:
-        node = self._node(key)
+    async def _connection(self, node: _Node) -> AsyncIterator[AbstractConnection]:
         connection = node.acquire_connection()
         try:
             if not connection.is_connected:
@@ -358,7 +357,10 @@ class Server:
 
     async def _load_on(self, key: str, source: bytes) -> None:
         for _ in range(3):  # another client may load meanwhile; then look again
-            version = await self.library_version(key)
+            try:
+                version = await self.library_version(key)
+            except errors.PermissionDenied as error:  # an engine's user has no FCALL_RO
+                raise function_missing(self.address) from error
             if version is not None and version >= LIBRARY_VERSION:
                 return
             replace = ["REPLACE"] if version is not None else []
@@ -417,9 +419,9 @@ class Server:
             return known
         return None
 
-    def never_asked(self, key: str) -> bool:
-        """Whether nothing is known of the node of `key`, not even an old reading."""
-        return self._node_name(key) not in self._node_settings
+    def last_settings(self, key: str) -> NodeSettings | None:
+        """The settings of the node of `key` as last read, however long ago; None = never."""
+        return self._node_settings.get(self._node_name(key))
 
     async def node_settings(self, key: str) -> NodeSettings:
         """The settings of the node of `key`, at most a second old."""

@@ -17,7 +17,7 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(frozen=True, extra="ignore", env_ignore_empty=True)
 
-    redis_url: str = "redis://localhost:6379"
+    redis_url: str = Field(default="redis://localhost:6379", repr=False)  # it may hold a password
     """REDIS_URL: redis://, rediss://, unix://, embedded:///data/dir or
     redis+sentinel://host:26379,host:26379/service; a cluster is recognised by itself."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -25,6 +25,7 @@ __all__ = ["PAGE_ENTRIES", "Entry", "Head", "Incident", "Position", "Walk"]
 
 PAGE_ENTRIES: Final = 1000
 _ENTRY_FIELDS: Final = 6
+_INDEX_VALUE_BYTES: Final = 44
 _FOREIGN_FIELDS: Final = [b"type", b"foreign", b"id", b"", b"data", b"null"]
 _BLOCK_MS: Final = 5000
 _log = logging.getLogger("ledger")
@@ -141,6 +142,11 @@ class Incident:
     last_id: str
     noticed_ms: int
 
+    @property
+    def last_seq(self) -> int:
+        """The last ordinal that it concerns."""
+        return self.seq + self.count - 1 if self.kind == "foreign" else self.seq
+
     @classmethod
     def parse(cls, raw: bytes) -> Incident:
         """From the function's JSON."""
@@ -197,23 +203,38 @@ async def read_head(server: Server, tenant: str) -> Head:
     """The tenant's head; seq 0 where nothing is recorded.
 
     Raises:
-        IndexBehind: there is a stream, but the function's record of it is gone.
+        IndexBehind: there is a stream or an index, but the function's record of it is gone.
     """
     stream = keys.decisions(tenant)
-    packed = [head_command(tenant), pack("EXISTS", stream)]
-    replies = [server.checked(reply) for reply in await server.exchange(stream, packed, 2)]
-    head = parse_head(tenant, replies[0])
-    if not head.epoch and replies[1]:
+    # In this order: a first append in between makes them all.
+    packed = [pack("EXISTS", stream, keys.index(tenant)), head_command(tenant)]
+    exists, found = (server.checked(reply) for reply in await server.exchange(stream, packed, 2))
+    head = parse_head(tenant, found)
+    if not head.epoch and exists:
         raise headless(tenant)
     return head
 
 
 def headless(tenant: str) -> errors.IndexBehind:
-    """The stream is there and `governance:head` is not."""
+    """The stream or the index is there and `governance:head` is not."""
     return errors.IndexBehind(
         f"tenant {tenant}: {keys.head(tenant)} is gone, so its entries cannot be told from foreign",
         hint=f"govledger reindex {tenant} rebuilds it from the stream",
         tenant=tenant,
+    )
+
+
+def blocked(tenant: str, facts: Sequence[str]) -> errors.StreamBlocked:
+    """A foreign last id leaves no room; facts: it, ours, the last one that could stay."""
+    stream, (foreign, ours, last) = keys.decisions(tenant), facts
+    return errors.StreamBlocked(
+        f"tenant {tenant}: somebody set the stream's last id to {foreign} (ours was {ours}): no "
+        "later entry could carry a true time",
+        hint=f"XDEL what `XRANGE {stream} ({last} +` lists, then `XSETID {stream} {foreign} "
+        f"MAXDELETEDID 0-1` and `XSETID {stream} {last}`",
+        tenant=tenant,
+        entry_id=foreign,
+        last_id=last,
     )
 
 
@@ -222,12 +243,14 @@ async def find_by_id(server: Server, tenant: str, event_id: str) -> Entry | None
 
     Raises:
         EntriesMissing: the index knows it, the stream has lost it.
+        IndexBehind: the index has gaps, so "none" cannot be said.
     """
-    index = keys.index(tenant)
-    value = await server.command(index, "HGET", index, event_id)
-    if value is None:
+    if any("\ud800" <= char <= "\udfff" for char in event_id):
+        return None  # what is no UTF-8 cannot have been recorded
+    places = await _places(server, tenant, [event_id])
+    if not places:
         return None
-    time_ms, seq = int.from_bytes(value[:6], "big"), int.from_bytes(value[6:12], "big")
+    time_ms, seq = places[0]
     entry = await _exactly(server, tenant, time_ms, seq)
     if entry is None:
         raise _missing(tenant, seq, seq)
@@ -239,16 +262,12 @@ async def find_many(server: Server, tenant: str, event_ids: list[str]) -> list[E
 
     Raises:
         EntriesMissing: the index knows one, the stream has lost it.
+        IndexBehind: the index has gaps, so "unknown" cannot be said.
     """
     if not event_ids:
         return []
-    index, stream = keys.index(tenant), keys.decisions(tenant)
-    values = await server.command(index, "HMGET", index, *event_ids)
-    places = [
-        (int.from_bytes(value[:6], "big"), int.from_bytes(value[6:12], "big"))
-        for value in values
-        if value is not None
-    ]
+    stream = keys.decisions(tenant)
+    places = await _places(server, tenant, event_ids)
     packed = [pack("XRANGE", stream, f"{ms}-{seq}", f"{ms}-{seq}") for ms, seq in places]
     replies = await server.exchange(stream, packed, len(packed)) if packed else []
     entries = []
@@ -258,6 +277,46 @@ async def find_many(server: Server, tenant: str, event_ids: list[str]) -> list[E
             raise _missing(tenant, seq, seq)
         entries.append(Entry(tenant, seq, *found[0]))
     return entries
+
+
+async def _places(server: Server, tenant: str, event_ids: list[str]) -> list[tuple[int, int]]:
+    """Recorded ms and ordinal of each id that the index knows."""
+    index, head = keys.index(tenant), keys.head(tenant)
+    packed = [
+        pack("HGET", head, "own"),  # before HLEN: both grow together
+        pack("HLEN", index),
+        pack("HMGET", index, *event_ids),
+    ]
+    replies = await server.exchange(index, packed, len(packed))
+    own, indexed, values = (server.checked(reply) for reply in replies)
+    if indexed < int(own or 0):
+        raise behind(tenant, indexed, int(own))
+    places = []
+    for event_id, value in zip(event_ids, values, strict=True):
+        if value is not None:
+            if len(value) != _INDEX_VALUE_BYTES:
+                raise bad_index(tenant, [event_id])
+            places.append((int.from_bytes(value[:6], "big"), int.from_bytes(value[6:12], "big")))
+    return places
+
+
+def bad_index(tenant: str, facts: Sequence[str]) -> errors.IndexBehind:
+    """Somebody wrote into the idempotency index; facts: the event id, split at spaces."""
+    return errors.IndexBehind(
+        f"tenant {tenant}: the idempotency index has no valid value for id {' '.join(facts)}",
+        hint=f"govledger reindex {tenant}",
+        tenant=tenant,
+    )
+
+
+def behind(tenant: str, indexed: int, own: int) -> errors.IndexBehind:
+    """The idempotency index has lost entries."""
+    return errors.IndexBehind(
+        f"tenant {tenant}: the idempotency index covers {indexed} of {own} entries, so a "
+        "duplicate could get in",
+        hint=f"govledger reindex {tenant}",
+        tenant=tenant,
+    )
 
 
 async def _exactly(server: Server, tenant: str, time_ms: int, seq: int) -> Entry | None:
@@ -311,8 +370,11 @@ class Walk:
         """Begin behind the ordinal `seq`; 0 = at the first entry.
 
         Raises:
+            InvalidInput: `seq` is negative.
             LedgerRolledBack: the head has not come that far.
         """
+        if seq < 0:
+            raise errors.InvalidInput(f"after: {seq} is no seq", hint="0 = from the first entry")
         self.head = await read_head(self.server, self.tenant)
         if seq > self.head.seq:
             raise errors.LedgerRolledBack(
@@ -323,17 +385,20 @@ class Walk:
             )
         await self._read_incidents(self.head)
         self.seq = self._skip_to = seq
+        if seq == self.head.seq:
+            self._cursor = self.head.entry_id
+            return
         for _, _, incident in self._ranges:
-            if incident.kind == "foreign" and incident.seq <= seq < incident.seq + incident.count:
+            if incident.kind == "foreign" and incident.seq <= seq < incident.last_seq:
                 self.seq = incident.seq - 1  # numbering goes from the range's beginning
-        self._cursor = f"{await self._time_of(self.seq)}-{self.seq}" if self.seq else "0-0"
+        self._cursor = await self._cursor_after(self.seq) if self.seq else "0-0"
 
     async def start_at(self, position: Position) -> None:
         """Begin behind a position that was kept.
 
         Raises:
-            LedgerRolledBack: the ledger is of another epoch, is behind the position, or has
-                another entry there.
+            LedgerRolledBack: the ledger is of another epoch or is behind the position; `pages` too,
+                where it has another entry in that place.
         """
         head = await read_head(self.server, self.tenant)
         if head.epoch != position.epoch or head.seq < position.seq:
@@ -349,34 +414,39 @@ class Walk:
         self.head = await read_head(self.server, self.tenant)
         self._cursor, self._exact = f"{max(since_ms - 1, 0)}-{2**64 - 1}", False
 
-    async def _time_of(self, seq: int) -> int:
-        """The ms half of the id that the ordinal has or would have, by bisection over time."""
-        first = await self._first_own_from(0)
-        if first is None:
-            return split_id(self.head.entry_id)[0]
-        low, high = first[0], split_id(self.head.entry_id)[0]
-        while low < high:
-            middle = (low + high + 1) // 2
-            found = await self._first_own_from(middle)
-            if found is not None and found[1] <= seq:
-                low = found[0]
-            else:
-                high = middle - 1
-        return low
+    async def _cursor_after(self, seq: int) -> str:
+        """An id that all ordinals up to `seq` lie at or below, and all later ones above.
+
+        Our own are found by bisection over the time half, as ids and ordinals grow together.
+        """
+        ends = [last for _, last, incident in self._ranges if incident.last_seq <= seq]
+        found = await self._first_own_from(0)
+        if found is not None and found[1] <= seq:
+            low, high = found[0], split_id(self.head.entry_id)[0]
+            while low < high:
+                middle = (low + high + 1) // 2
+                found = await self._first_own_from(middle)
+                if found is not None and found[1] <= seq:
+                    low = found[0]
+                else:
+                    high = middle - 1
+            ends.append((low, seq))
+        time_ms, id_seq = max(ends, default=(0, 0))
+        return f"{time_ms}-{id_seq}"
 
     async def _first_own_from(self, time_ms: int) -> tuple[int, int] | None:
-        start = f"{time_ms}-0"
+        start, tail = f"{time_ms}-0", split_id(self.head.entry_id)
         while True:
             page = await self.server.command(
-                self._stream, "XRANGE", self._stream, start, "+", "COUNT", 4
+                self._stream, "XRANGE", self._stream, start, "+", "COUNT", 1
             )
-            for raw_id, _ in page:
-                at = split_id(raw_id)
-                if at <= split_id(self.head.entry_id) and not self.is_foreign(raw_id):
-                    return at
-            if not page:
+            at = split_id(page[0][0]) if page else None
+            if at is None or at > tail:
                 return None
-            start = f"({page[-1][0].decode()}"
+            lasts = [last for first, last, _ in self._ranges if first <= at <= last]
+            if not lasts:
+                return at
+            start = f"({lasts[0][0]}-{lasts[0][1]}"
 
     # -- going on -----------------------------------------------------------------------------
 
@@ -388,7 +458,7 @@ class Walk:
             EntriesMissing: ordinals are missing, in the middle or at the end.
             LedgerRolledBack: the ledger went back while it was read.
         """
-        end = "+" if to_ms is None else f"{to_ms}-{2**64 - 1}"
+        end = "+" if to_ms is None else f"{max(to_ms, 0)}-{2**64 - 1}"
         goal, ahead = self.head.seq, None
         self._unregistered = None
         try:
@@ -441,12 +511,16 @@ class Walk:
         if not head.epoch and self.head.epoch:
             raise headless(self.tenant)
         if (self.head.epoch and head.epoch != self.head.epoch) or head.seq < self.seq:
-            raise errors.LedgerRolledBack(
-                f"tenant {self.tenant}: read to {self.position}, its head is now {head.position}",
-                hint="the ledger was restored while it was read; begin again",
-                tenant=self.tenant,
-            )
+            raise self._rolled_back(head, f"its head is now {head.position}")
         self.head = head
+
+    def _rolled_back(self, head: Head, seen: str) -> errors.LedgerRolledBack:
+        return errors.LedgerRolledBack(
+            f"tenant {self.tenant}: read to {self.position}, {seen}",
+            hint=f"it was restored meanwhile: begin again, or govledger rebuild {self.tenant}",
+            tenant=self.tenant,
+            head_seq=head.seq,
+        )
 
     async def _numbered(self, page: _Page) -> list[Entry]:
         """The page as entries with ordinals, up to the first that nobody has registered yet."""
@@ -483,6 +557,8 @@ class Walk:
                     raise _missing(self.tenant, self.seq + 1, incident.seq)
                 continue
             seq = max(self.seq + 1, incident.seq) if incident else split_id(raw_id)[1]
+            if self._exact and seq <= self.seq:
+                raise self._rolled_back(page.head, f"seq {seq} is now entry {raw_id.decode()}")
             if self._exact and seq != self.seq + 1:
                 raise _missing(self.tenant, self.seq + 1, seq - 1)
             foreign = incident is not None or len(fields) != _ENTRY_FIELDS

@@ -1,9 +1,11 @@
 """What follows a decision: votes, resolutions, overrides, outcomes, feedback.
 
-Each touches `state` and the decision's own entity, which is made at the first follow-up.
+Each touches `state` and the decision's own entity, which holds only what follow-ups added: `outcome`
+(the latest), `votes` by reviewer, `resolution`, `overrides` (how many), `effective_verdict` (where
+it is not the engine's own any more), `feedback` (by reviewer, a column of the matrix).
 
-- The effective verdict is kept in the decision's entity: a resolution sets it (approved = allow;
-  rejected, expired and cancelled = deny), an override sets it for good.
+- The effective verdict: a resolution sets it (approved = allow; rejected, expired and cancelled =
+  deny), an override sets it for good.
 - Votes: the latest of each reviewer counts while the escalation is pending; advisory votes, and
   those of the agent that asked, do not.
 - Pending escalations: one is listed in `state` while fewer than 1,000 are and none is unlisted, so
@@ -18,35 +20,330 @@ Each touches `state` and the decision's own entity, which is made at the first f
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final
+
+import orjson
 
 from projections.governance_decision import DECISION, read_decision
 from projections.governance_state import (
-    FEEDBACK_COLUMNS,
+    FEEDBACK,
+    FUTURE_LIMIT_MS,
+    MALFORMED,
     NAMES_LIMIT,
-    OTHER,
+    OUTCOMES,
     OVERRIDDEN,
-    OVERRIDES,
-    TP,
+    PRECEDENTS_LIMIT,
+    RESOLUTIONS,
     VERDICT_COLUMN,
     VERDICTS,
     WITH_FEEDBACK,
     State,
     advance,
-    check_ahead,
+    cell_of,
     clipped,
-    count,
-    digest,
+    count_name,
+    malformed,
+    moment_of,
     note_late,
-    optional_text,
-    overflow,
-    reading,
+    note_overflow,
+    one_of,
+    shown_name,
     text,
 )
 from projections.projection import Entities, Subject, Unfoldable
-from projections.windows import Moment, moment, slots
+from projections.windows import KNOWN_MOMENTS, moment, slots
 
 if TYPE_CHECKING:
     from ledger.stream import Entry
+
+__all__ = ["DECISION_PREFIX", "READ", "fold_follow_up"]
+
+DECISION_PREFIX: Final = "decision:"
+
+Body = tuple[Any, ...]
+"""What a reader took from an event, in the order in which its counter unpacks it."""
+
+_INTERVENTIONS: Final = ("deny", "escalate")
+_REVIEWER_KINDS: Final = ("human", "service", "advisory")
+_TP, _FP, _TN, _FN, _NEUTRAL = range(5)
+
+_Columns = tuple[int, int]
+"""The matrix column where the engine did not intervene, and the one where it did."""
+_RIGHT: Final[_Columns] = (_TN, _TP)
+_WRONG: Final[_Columns] = (_FN, _FP)
+_BY_CORRECT: Final[dict[str | None, _Columns]] = {
+    verdict: (_FN, _TP) if verdict in _INTERVENTIONS else (_TN, _FP) for verdict in VERDICTS
+}
+_FEEDBACK_COLUMNS: Final[dict[str, dict[str | None, _Columns]]] = {
+    "positive": {None: _RIGHT, **_BY_CORRECT},
+    "negative": {None: _WRONG, **_BY_CORRECT},
+    "neutral": {verdict: (_NEUTRAL, _NEUTRAL) for verdict in (None, *VERDICTS)},
+    "correction": _BY_CORRECT,
+}
+"""By the word and the verdict that is said to be correct, which a correction must name."""
+
+
+def fold_follow_up(
+    state: State,
+    entities: Entities,
+    entry: Entry,
+    event: dict[str, Any],
+    subject: Subject | None,
+) -> None:
+    """Counts what followed a decision; as an orphan where no such decision counts.
+
+    Raises:
+        Unfoldable: it is malformed, or its `at` lies ahead of the ledger's time.
+    """
+    kind = event["type"]
+    try:
+        name = DECISION_PREFIX + event["decision_id"]
+        body = READ[kind](event)
+        at = KNOWN_MOMENTS.get(event.get("at", "")) or moment_of(entry, event)
+    except MALFORMED as error:
+        raise malformed(kind, error) from None
+    if at[0] > state["newest_ms"]:
+        advance(state, entry, at)
+    decision = entities.get(name)
+    if subject is None or subject.seq >= entry.seq:
+        decision = None
+    elif decision is None and _was_folded(state, entry, subject):
+        decision = {}
+    if decision is None or subject is None:
+        state["orphans"][kind] += 1
+        return
+    _COUNT[kind](state, entry, subject, decision, body)
+    if decision:
+        entities[name] = decision
+
+
+def _was_folded(state: State, entry: Entry, subject: Subject) -> bool:
+    """Whether the subject is a decision, and not in quarantine itself."""
+    event = subject.event
+    if event.get("type") != DECISION:
+        return False
+    if state["events"] == entry.seq - 1:
+        return True  # every entry before this one was folded, so this one too
+    try:
+        read_decision(event)
+        at = event.get("at")
+        return at is None or moment(at)[0] <= subject.recorded_ms + FUTURE_LIMIT_MS
+    except (*MALFORMED, Unfoldable):
+        return False
+
+
+def _policy_names(state: State, subject: Subject) -> Sequence[str]:
+    """The names under which the decision's policies count, each once."""
+    policies = subject.event.get("policies") or ()
+    names = [shown_name(state, "policies", one["id"] + "@" + one["version"]) for one in policies]
+    return names if len(names) < 2 else tuple(dict.fromkeys(names))
+
+
+def _has_room(state: State, by_reviewer: dict[str, Any], key: str) -> bool:
+    if len(by_reviewer) < NAMES_LIMIT or key in by_reviewer:
+        return True
+    note_overflow(state, "reviewers_of_a_decision")
+    return False
+
+
+# -- votes and resolutions ------------------------------------------------------------------------
+
+
+def _read_vote(event: dict[str, Any]) -> Body:
+    kind = "human"
+    if "reviewer_kind" in event:
+        kind = one_of(event, "reviewer_kind", _REVIEWER_KINDS)
+    approve = event["approve"]
+    if type(approve) is not bool:
+        raise TypeError
+    return text(event, "reviewer"), kind, approve
+
+
+def _is_pending(decision: dict[str, Any], subject: Subject) -> bool:
+    return subject.event["verdict"] == "escalate" and "resolution" not in decision
+
+
+def _count_vote(
+    state: State, _entry: Entry, subject: Subject, decision: dict[str, Any], body: Body
+) -> None:
+    reviewer, kind, approve = body
+    if not _is_pending(decision, subject):
+        state["conflicts"]["vote_not_pending"] += 1
+        return
+    if kind == "advisory":
+        state["votes"]["advisory"] += 1
+        return
+    if reviewer == subject.event["agent"]["id"]:
+        state["votes"]["own_action"] += 1
+        return
+    state["votes"]["approve" if approve else "reject"] += 1
+    votes, key = decision.setdefault("votes", {}), clipped(reviewer)
+    if _has_room(state, votes, key):
+        votes[key] = approve
+    listed = state["pending"].get(subject.event["id"])
+    if listed is not None:
+        listed["approvals"] = sum(votes.values())
+        listed["rejections"] = len(votes) - listed["approvals"]
+
+
+def _read_resolution(event: dict[str, Any]) -> Body:
+    return (one_of(event, "resolution", RESOLUTIONS),)
+
+
+def _count_resolution(
+    state: State, entry: Entry, subject: Subject, decision: dict[str, Any], body: Body
+) -> None:
+    (resolution,) = body
+    if not _is_pending(decision, subject):
+        state["conflicts"]["resolution_not_pending"] += 1
+        return
+    decision["resolution"] = resolution
+    state["resolutions"][resolution] += 1
+    if state["pending"].pop(subject.event["id"], None) is None:
+        state["pending_unlisted"] -= 1
+        if not state["pending_unlisted"]:
+            state["pending_unlisted_from_seq"] = None
+    if "overrides" not in decision:
+        _set_effective(state, subject, decision, "allow" if resolution == "approved" else "deny")
+    if resolution in ("approved", "rejected"):
+        _keep_precedent(state, entry, subject, decision)
+
+
+def _set_effective(state: State, subject: Subject, decision: dict[str, Any], verdict: str) -> None:
+    before = decision.get("effective_verdict", subject.event["verdict"])
+    decision["effective_verdict"] = verdict
+    change = state["effective_change"]
+    change[VERDICT_COLUMN[before]] -= 1
+    change[VERDICT_COLUMN[verdict]] += 1
+
+
+def _keep_precedent(state: State, entry: Entry, subject: Subject, decision: dict[str, Any]) -> None:
+    """By the action's type, resource and `args_hash`; without the last there is none."""
+    action = subject.event["action"]
+    if action.get("args_hash") is None:
+        return
+    known = (action["type"], action.get("resource") or "", action["args_hash"])
+    key = orjson.dumps([clipped(str(part)) for part in known]).decode()
+    precedents = state["precedents"]
+    precedents[key] = {
+        "effective_verdict": decision["effective_verdict"],
+        "times": precedents[key]["times"] + 1 if key in precedents else 1,
+        "decision_id": clipped(subject.event["id"]),
+        "seq": entry.seq,
+    }
+    if len(precedents) >= 2 * PRECEDENTS_LIMIT:
+        by_age = sorted(precedents, key=lambda key: int(precedents[key]["seq"]))
+        for old in by_age[:PRECEDENTS_LIMIT]:
+            del precedents[old]
+
+
+# -- overrides ------------------------------------------------------------------------------------
+
+
+def _read_override(event: dict[str, Any]) -> Body:
+    return (
+        text(event, "reviewer"),
+        one_of(event, "from_verdict", VERDICTS),
+        one_of(event, "to_verdict", VERDICTS),
+    )
+
+
+def _count_override(
+    state: State, entry: Entry, subject: Subject, decision: dict[str, Any], body: Body
+) -> None:
+    reviewer, before, after = body
+    verdict = subject.event["verdict"]
+    if before not in (verdict, decision.get("effective_verdict", verdict)):
+        state["conflicts"]["override_from_mismatch"] += 1
+    state["overrides"] += 1
+    decision["overrides"] = decision.get("overrides", 0) + 1
+    _set_effective(state, subject, decision, after)
+    count_name(state, "override_directions", f"{before}→{after}")
+    count_name(state, "override_reviewers", reviewer)
+    names = _policy_names(state, subject)
+    by_policy = state["override_policies"]
+    for name in names:
+        by_policy[name] = by_policy.get(name, 0) + 1
+    if decision["overrides"] == 1:
+        _count_overridden(state, entry, subject, names)
+    _keep_precedent(state, entry, subject, decision)
+
+
+def _count_overridden(
+    state: State, entry: Entry, subject: Subject, policy_names: Sequence[str]
+) -> None:
+    """A decision is overridden once, in the buckets of its first override."""
+    event, newest_ms, rings = subject.event, state["newest_ms"], state["policy_windows"]
+    at = moment_of(entry, entry.event)
+    action = shown_name(state, "action_types", event["action"]["type"])
+    cells = slots(state["minutes"], state["hours"], at, newest_ms)
+    cells.append(state["impact_levels"][event.get("impact_level") or "unset"])
+    cells.append(cell_of(state, "action_types", action))
+    for name in policy_names:
+        cells.append(cell_of(state, "policies", name))
+        if name in rings:
+            cells += slots(None, rings[name], at, newest_ms)
+    for cell in cells:
+        cell[OVERRIDDEN] += 1
+    note_late(state, at)
+
+
+# -- outcomes and feedback ------------------------------------------------------------------------
+
+
+def _read_outcome(event: dict[str, Any]) -> Body:
+    return (one_of(event, "outcome", OUTCOMES),)
+
+
+def _count_outcome(
+    state: State, _entry: Entry, _subject: Subject, decision: dict[str, Any], body: Body
+) -> None:
+    (outcome,) = body
+    state["outcomes"][outcome] += 1
+    decision["outcome"] = outcome
+
+
+def _read_feedback(event: dict[str, Any]) -> Body:
+    columns = _FEEDBACK_COLUMNS[event["feedback"]][event.get("correct_verdict")]
+    return text(event, "reviewer"), columns
+
+
+def _count_feedback(
+    state: State, _entry: Entry, subject: Subject, decision: dict[str, Any], body: Body
+) -> None:
+    reviewer, columns = body
+    state["feedback_events"] += 1
+    given, key = decision.setdefault("feedback", {}), clipped(reviewer)
+    if not _has_room(state, given, key):
+        return
+    first, before = not given, given.get(key)
+    after = columns[subject.event["verdict"] in _INTERVENTIONS]
+    given[key] = after
+    by_policy = state["feedback_policies"]
+    matrices = [state["feedback"]]
+    matrices += [
+        by_policy.setdefault(name, [0] * len(FEEDBACK)) for name in _policy_names(state, subject)
+    ]
+    for matrix in matrices:
+        if before is not None:
+            matrix[before] -= 1
+        matrix[after] += 1
+        if first:
+            matrix[WITH_FEEDBACK] += 1
+
+
+READ: Final[dict[str, Callable[[dict[str, Any]], Body]]] = {
+    "escalation.voted": _read_vote,
+    "escalation.resolved": _read_resolution,
+    "decision.overridden": _read_override,
+    "outcome.reported": _read_outcome,
+    "feedback.recorded": _read_feedback,
+}
+_COUNT: Final[dict[str, Callable[[State, Entry, Subject, dict[str, Any], Body], None]]] = {
+    "escalation.voted": _count_vote,
+    "escalation.resolved": _count_resolution,
+    "decision.overridden": _count_override,
+    "outcome.reported": _count_outcome,
+    "feedback.recorded": _count_feedback,
+}

@@ -8,44 +8,64 @@ from typing import TYPE_CHECKING, Any, Final
 import orjson
 
 from projections.projection import Unfoldable
-from projections.windows import COLUMNS, MINUTE_MS, WINDOWS, Moment, moment, moment_of_ms, new_windows
+from projections.windows import (
+    COLUMNS,
+    HOUR_SLOTS,
+    MINUTE_MS,
+    MINUTE_SLOTS,
+    SURELY_LIVE_MS,
+    WINDOWS,
+    Moment,
+    moment,
+    moment_of_ms,
+    new_ring,
+)
 
 if TYPE_CHECKING:
     from ledger.stream import Entry
 
 __all__ = [
     "CONFLICTS",
-    "FEEDBACK_COLUMNS",
+    "FEEDBACK",
     "FOLLOW_UPS",
+    "FUTURE_LIMIT_MS",
+    "HISTORY_LIMIT",
     "IMPACT_LEVELS",
     "LATENCY_BOUNDS_MS",
+    "MALFORMED",
     "NAMES_LIMIT",
     "NAME_BYTES_LIMIT",
     "NEVER_MS",
     "OTHER",
     "OUTCOMES",
     "OVERRIDDEN",
-    "OVERRIDES",
-    "POLICY_COLUMNS",
+    "PENDING_LIMIT",
+    "POLICY_WINDOWS_LIMIT",
+    "PRECEDENTS_LIMIT",
+    "RECENT_LIMIT",
     "RESOLUTIONS",
-    "TP",
     "VERDICTS",
     "VERDICT_COLUMN",
     "VIOLATIONS",
+    "VOTES",
     "WARNINGS",
     "WITH_FEEDBACK",
     "State",
     "advance",
     "cell_of",
     "clipped",
-    "note_late",
+    "count_name",
     "fits",
-    "kept_name",
     "malformed",
+    "moment_of",
     "new_state",
-    "remember",
-    "text",
+    "note_late",
+    "note_overflow",
+    "one_of",
     "optional_text",
+    "remember",
+    "shown_name",
+    "text",
 ]
 
 State = dict[str, Any]
@@ -57,17 +77,14 @@ VIOLATIONS: Final = 7
 OVERRIDDEN: Final = 8
 """Decisions that were overridden, each at its first override."""
 
-FEEDBACK_COLUMNS: Final = ("tp", "fp", "tn", "fn", "neutral")
-TP: Final = COLUMNS
-"""A policy cell's first feedback column; the others follow in the order of FEEDBACK_COLUMNS."""
-WITH_FEEDBACK: Final = TP + len(FEEDBACK_COLUMNS)
-OVERRIDES: Final = WITH_FEEDBACK + 1
-"""Override events, of which one decision may have several."""
-POLICY_COLUMNS: Final = OVERRIDES + 1
+FEEDBACK: Final = ("tp", "fp", "tn", "fn", "neutral", "decisions")
+"""The columns of a feedback matrix; the last one counts decisions that have feedback."""
+WITH_FEEDBACK: Final = FEEDBACK.index("decisions")
 
 IMPACT_LEVELS: Final = ("negligible", "low", "medium", "high", "critical", "unset")
 RESOLUTIONS: Final = ("approved", "rejected", "expired", "cancelled")
 OUTCOMES: Final = ("succeeded", "failed", "blocked", "cancelled", "timed_out")
+VOTES: Final = ("approve", "reject", "advisory", "own_action")
 FOLLOW_UPS: Final = (
     "escalation.voted",
     "escalation.resolved",
@@ -83,7 +100,6 @@ CONFLICTS: Final = (
     "override_from_mismatch",
     "waiver_unknown",
 )
-VOTES: Final = ("approve", "reject", "advisory", "own_action")
 LATENCY_BOUNDS_MS: Final = (
     *(0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500),
     *(1_000, 2_500, 5_000, 10_000),
@@ -93,18 +109,24 @@ LATENCY_BOUNDS_MS: Final = (
 NAMES_LIMIT: Final = 256
 NAME_BYTES_LIMIT: Final = 128
 OTHER: Final = "other"
+RECENT_LIMIT: Final = 100
 HISTORY_LIMIT: Final = 100
+PENDING_LIMIT: Final = 1_000
+PRECEDENTS_LIMIT: Final = 256
+POLICY_WINDOWS_LIMIT: Final = 16
+FUTURE_LIMIT_MS: Final = 300_000
 NEVER_MS: Final = -(10**15)
-"""Before every time there is: no event has been seen yet."""
-_FUTURE_LIMIT_MS: Final = 300_000
+"""Before every time there is: nothing has been seen yet."""
 
 
 def new_state() -> State:
     """The entity `state` of a tenant that has recorded nothing."""
     return {
+        "events": 0,
         "newest_ms": NEVER_MS,
         "clock_ms": NEVER_MS,
-        "windows": new_windows(),
+        "minutes": new_ring(MINUTE_SLOTS),
+        "hours": new_ring(HOUR_SLOTS),
         "late": dict.fromkeys(("total", *WINDOWS), 0),
         "impact_levels": {level: [0] * COLUMNS for level in IMPACT_LEVELS},
         "action_types": {},
@@ -115,11 +137,11 @@ def new_state() -> State:
         "precedents": {},
         "active_policies": {},
         "policy_windows": {},
-        "policy_history": [],
         "policy_changes": 0,
+        "policy_history": [],
         "constitution": None,
-        "constitution_history": [],
         "constitution_changes": 0,
+        "constitution_history": [],
         "constitution_mismatches": 0,
         "thresholds": {},
         "threshold_changes": 0,
@@ -132,14 +154,16 @@ def new_state() -> State:
         "pending": {},
         "pending_unlisted": 0,
         "pending_unlisted_from_seq": None,
-        "escalations_opened": 0,
+        "escalations": 0,
         "resolutions": dict.fromkeys(RESOLUTIONS, 0),
         "votes": dict.fromkeys(VOTES, 0),
-        "override_events": 0,
+        "overrides": 0,
         "override_directions": {},
+        "override_policies": {},
         "override_reviewers": {},
-        "feedback": [0] * (len(FEEDBACK_COLUMNS) + 1),
+        "feedback": [0] * len(FEEDBACK),
         "feedback_events": 0,
+        "feedback_policies": {},
         "outcomes": dict.fromkeys(OUTCOMES, 0),
         "roles_assigned": 0,
         "trust_adjustments": 0,
@@ -151,71 +175,17 @@ def new_state() -> State:
     }
 
 
-# -- bounded names --------------------------------------------------------------------------------
-
-
-def fits(name: str) -> bool:
-    """Whether the name is at most 128 bytes as JSON writes it, escapes counted."""
-    return len(orjson.dumps(name)) - 2 <= NAME_BYTES_LIMIT
-
-
-def clipped(name: str) -> str:
-    """The name for a list, cut where it is longer than a name may be."""
-    if len(name) <= NAME_BYTES_LIMIT and fits(name):
-        return name
-    # A character is at most six bytes of JSON; the digest keeps two long names apart.
-    digest = hashlib.sha256(name.encode()).hexdigest()[:16]
-    return f"{name[:16]}…{digest}"
-
-
-def overflow(state: State, dimension: str) -> None:
-    """Notes that something did not fit in a bounded part of the state."""
-    counts = state["overflow"]
-    counts[dimension] = counts.get(dimension, 0) + 1
-
-
-def kept_name(state: State, dimension: str, name: str) -> str:
-    """The name that counts in the dimension: itself, if it is kept or there is room, or `other`."""
-    names = state[dimension]
-    if name in names or name == OTHER:
-        return name
-    if len(names) - (OTHER in names) < NAMES_LIMIT and fits(name):
-        return name
-    overflow(state, dimension)
-    return OTHER
-
-
-def cell_of(state: State, dimension: str, name: str, columns: int) -> list[int]:
-    """The name's cell, made if need be."""
-    cells: dict[str, list[int]] = state[dimension]
-    return cells.setdefault(kept_name(state, dimension, name), [0] * columns)
-
-
-def count(state: State, dimension: str, name: str) -> None:
-    """Adds one to the name's count in a dimension of plain counts."""
-    counts: dict[str, int] = state[dimension]
-    key = kept_name(state, dimension, name)
-    counts[key] = counts.get(key, 0) + 1
-
-
-def remember(history: list[Any], row: list[Any]) -> None:
-    """Appends to a bounded history."""
-    history.append(row)
-    del history[:-HISTORY_LIMIT]
-
-
 # -- reading a body -------------------------------------------------------------------------------
+# Readers raise KeyError for what is missing or unknown and TypeError for another JSON type; both
+# become Unfoldable in one place, before anything is changed.
 
 
-def malformed(entry_type: str, error: Exception) -> Unfoldable:
-    """What a reader of a body raises for the error that met it there."""
-    if isinstance(error, KeyError):
-        return Unfoldable(f"{entry_type}: missing or unknown {error.args[0]!r}")
-    return Unfoldable(f"{entry_type}: a field has the wrong JSON type")
+MALFORMED: Final = (KeyError, TypeError, AttributeError, ValueError)
+"""What reading a body may raise; ValueError is of the JSON itself."""
 
 
 def text(event: dict[str, Any], field: str) -> str:
-    """A required string. Raises KeyError or TypeError, which the fold turns into Unfoldable."""
+    """A required string."""
     value = event[field]
     if type(value) is not str:
         raise TypeError(field)
@@ -223,33 +193,121 @@ def text(event: dict[str, Any], field: str) -> str:
 
 
 def optional_text(event: dict[str, Any], field: str) -> str | None:
-    """An optional string. Raises as `text`."""
-    return None if event.get(field) is None else text(event, field)
+    """A string, or None where the field is absent or null."""
+    value = event.get(field)
+    if value is not None and type(value) is not str:
+        raise TypeError(field)
+    return value
+
+
+def one_of(event: dict[str, Any], field: str, allowed: tuple[str, ...]) -> str:
+    """A required word of a closed vocabulary: an unknown one must not be counted as another."""
+    value = text(event, field)
+    if value not in allowed:
+        raise KeyError(value)
+    return value
+
+
+def malformed(kind: object, error: Exception) -> Unfoldable:
+    """What is raised for an error that reading a body met."""
+    if isinstance(error, KeyError):
+        return Unfoldable(f"{kind}: missing or unknown: {error.args[0]!r}")
+    if isinstance(error, ValueError):
+        return Unfoldable("the entry's data is not JSON")
+    return Unfoldable(f"{kind}: a field is of the wrong JSON type or out of range")
+
+
+# -- bounded names --------------------------------------------------------------------------------
+
+
+def fits(name: str) -> bool:
+    """Whether the name is at most 128 bytes as JSON writes it, escapes counted."""
+    length = len(name)
+    if length > NAME_BYTES_LIMIT:
+        return False
+    return length * 6 <= NAME_BYTES_LIMIT or len(orjson.dumps(name)) - 2 <= NAME_BYTES_LIMIT
+
+
+def clipped(name: str) -> str:
+    """The name for a list or a key: one that does not fit is cut, and its digest tells it apart."""
+    if fits(name):
+        return name
+    digest = hashlib.sha256(name.encode()).hexdigest()[:16]
+    return f"{name[:16]}…{digest}"
+
+
+def note_overflow(state: State, part: str) -> None:
+    """Counts that something did not fit in a bounded part of the state."""
+    overflow = state["overflow"]
+    overflow[part] = overflow.get(part, 0) + 1
+
+
+def shown_name(state: State, dimension: str, name: str) -> str:
+    """The name under which the dimension counts this one: itself if it is kept, else `other`."""
+    return name if name in state[dimension] else OTHER
+
+
+def _kept_name(state: State, dimension: str, name: str) -> str:
+    """As `shown_name`, for one that is being counted: it is kept where there is room."""
+    names = state[dimension]
+    if name in names or name == OTHER:
+        return name
+    if len(names) - (OTHER in names) < NAMES_LIMIT and fits(name):
+        return name
+    note_overflow(state, dimension)
+    return OTHER
+
+
+def cell_of(state: State, dimension: str, name: str) -> list[int]:
+    """The name's cell, made if need be."""
+    cells: dict[str, list[int]] = state[dimension]
+    return cells.setdefault(_kept_name(state, dimension, name), [0] * COLUMNS)
+
+
+def count_name(state: State, dimension: str, name: str) -> None:
+    """Adds one to the name's count in a dimension of plain counts."""
+    counts: dict[str, int] = state[dimension]
+    kept = _kept_name(state, dimension, name)
+    counts[kept] = counts.get(kept, 0) + 1
+
+
+def remember(history: list[Any], row: list[Any]) -> None:
+    """Appends to a history, which keeps its last hundred rows."""
+    history.append(row)
+    del history[:-HISTORY_LIMIT]
 
 
 # -- event time -----------------------------------------------------------------------------------
 
 
-def advance(state: State, entry: Entry, event: dict[str, Any]) -> Moment:
-    """The event's time; the newest time seen moves up to it. Changes nothing if it raises.
+def moment_of(entry: Entry, event: dict[str, Any]) -> Moment:
+    """The event's own time; where it has none, the ledger's.
 
     Raises:
-        Unfoldable: `at` is no time, or more than five minutes ahead of the ledger's own: one event
+        Unfoldable: `at` is no time.
+    """
+    given = event.get("at")
+    return moment_of_ms(entry.recorded_ms) if given is None else moment(given)
+
+
+def advance(state: State, entry: Entry, at: Moment) -> None:
+    """Moves the newest time seen up to the moment. Changes nothing if it raises.
+
+    Raises:
+        Unfoldable: the moment is more than five minutes ahead of the ledger's own time: one event
             in the far future must not empty every window.
     """
-    text = event.get("at")
-    at = moment_of_ms(entry.recorded_ms) if text is None else moment(text)
     ms = at[0]
-    if ms > state["newest_ms"]:
-        # `clock_ms` is a ledger time that an earlier entry has reached; recorded times never go
-        # back, so this entry's own has to be read only where that one does not suffice.
-        if ms > state["clock_ms"] + _FUTURE_LIMIT_MS:
-            recorded_ms = entry.recorded_ms
-            if ms > recorded_ms + _FUTURE_LIMIT_MS:
-                raise Unfoldable("at is more than five minutes ahead of the recorded time")
-            state["clock_ms"] = recorded_ms
-        state["newest_ms"] = ms
-    return at
+    if ms <= state["newest_ms"]:
+        return
+    # `clock_ms` is a ledger time that an earlier entry has reached; recorded times never go back,
+    # so this entry's own has to be read only where that one does not suffice.
+    if ms > state["clock_ms"] + FUTURE_LIMIT_MS:
+        recorded_ms = entry.recorded_ms
+        if ms > recorded_ms + FUTURE_LIMIT_MS:
+            raise Unfoldable("at is more than five minutes ahead of the recorded time")
+        state["clock_ms"] = recorded_ms
+    state["newest_ms"] = ms
 
 
 def note_late(state: State, at: Moment) -> None:
@@ -259,6 +317,8 @@ def note_late(state: State, at: Moment) -> None:
         return
     late = state["late"]
     late["total"] += 1
+    if newest_ms - at[0] < SURELY_LIVE_MS:
+        return
     for window, (_, bucket_ms, span) in WINDOWS.items():
         if newest_ms // bucket_ms - at[0] // bucket_ms >= span:
             late[window] += 1

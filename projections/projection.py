@@ -70,7 +70,7 @@ class Projection(Protocol):
         """
 
     def quarantined(self, entities: Entities, entry: Entry) -> None:
-        """Counts an entry that `apply` refused; touches at most what `names` named."""
+        """Counts an entry that was refused. Changes only `state`; cannot fail."""
 
     def view(self, state: dict[str, Any]) -> dict[str, Any]:
         """The value to publish, made from the entity `state`."""

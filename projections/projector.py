@@ -195,7 +195,8 @@ class TenantFold:
 def _unreadable(entry: Entry) -> str | None:
     """Why the stored bytes are no event; only another hand can have written such."""
     try:
-        return None if isinstance(entry.event, dict) else "data is no JSON object"
+        event: object = entry.event
+        return None if isinstance(event, dict) else "data is no JSON object"
     except orjson.JSONDecodeError as error:
         return f"data is no JSON: {error}"
 

@@ -19,14 +19,19 @@ __all__ = [
     "BUCKET",
     "COLUMNS",
     "HOUR_MS",
+    "HOUR_SLOTS",
+    "KNOWN_MOMENTS",
     "MINUTE_MS",
+    "MINUTE_SLOTS",
+    "SURELY_LIVE_MS",
     "WINDOWS",
     "Moment",
-    "Windows",
+    "Ring",
+    "claim",
     "live_slots",
     "moment",
     "moment_of_ms",
-    "new_windows",
+    "new_ring",
     "slots",
     "time_text",
 ]
@@ -49,9 +54,9 @@ WINDOWS: Final = {
 }
 """By window: the ring that it is read from, the length of a bucket in ms, and how many it spans."""
 
-Windows = dict[str, list[list[int]]]
+Ring = list[list[int]]
 Moment = tuple[int, int, int, int, int]
-"""A time: ms since 1970, its minute and the minute's place in the ring, its hour and that's place."""
+"""A time: ms since 1970; its minute, and that one's place in the ring; its hour, and its place."""
 
 _EMPTY: Final = (0,) * COLUMNS
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
@@ -59,9 +64,13 @@ _LAST_MS: Final = 253_402_300_799_999
 """The end of the year 9999."""
 _SECOND: Final = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", re.ASCII)
 _FRACTION: Final = re.compile(r"\.(\d{1,9})Z", re.ASCII)
-_SURELY_LIVE_MS: Final = (MINUTE_SLOTS - 1) * MINUTE_MS
 _MEMO_LIMIT: Final = 4096
-_memo: dict[str, Moment] = {}
+
+SURELY_LIVE_MS: Final = (MINUTE_SLOTS - 1) * MINUTE_MS
+"""What is less than this older than the newest time seen has a slot in both rings."""
+
+KNOWN_MOMENTS: Final[dict[str, Moment]] = {}
+"""Times that `moment` has parsed, for a caller that cannot afford a call; it only saves time."""
 
 
 def moment(text: str) -> Moment:
@@ -71,7 +80,7 @@ def moment(text: str) -> Moment:
         Unfoldable: it is no such time.
     """
     try:
-        return _memo.get(text) or _parsed(text)
+        return KNOWN_MOMENTS.get(text) or _parsed(text)
     except TypeError:
         raise Unfoldable("a time is not a string") from None
 
@@ -83,15 +92,15 @@ def _parsed(text: str) -> Moment:
         except ValueError:
             raise Unfoldable("a time is not in the calendar") from None
         parsed = moment_of_ms((time - _EPOCH) // timedelta(milliseconds=1))
-        if len(_memo) >= _MEMO_LIMIT:
-            _memo.clear()
-        _memo[text] = parsed
+        if len(KNOWN_MOMENTS) >= _MEMO_LIMIT:
+            KNOWN_MOMENTS.clear()
+        KNOWN_MOMENTS[text] = parsed
         return parsed
     fraction = _FRACTION.fullmatch(text, 19)
     if fraction is None:
         raise Unfoldable("a time is not RFC 3339 in UTC")
-    ms, *place = moment(text[:19] + "Z")
-    return (ms + int(fraction[1][:3].ljust(3, "0")), *place)
+    second = moment(text[:19] + "Z")
+    return (second[0] + int(fraction[1][:3].ljust(3, "0")), *second[1:])
 
 
 def moment_of_ms(ms: int) -> Moment:
@@ -106,34 +115,32 @@ def time_text(ms: int) -> str:
     return time.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def new_windows() -> Windows:
-    """Empty rings. A slot that counts nothing yet stands for the bucket 0, the first of 1970."""
-    return {
-        "minutes": [[*_EMPTY, 0] for _ in range(MINUTE_SLOTS)],
-        "hours": [[*_EMPTY, 0] for _ in range(HOUR_SLOTS)],
-    }
+def new_ring(length: int) -> Ring:
+    """An empty ring. A slot that counts nothing yet stands for the bucket 0, the first of 1970."""
+    return [[0] * (COLUMNS + 1) for _ in range(length)]
 
 
-def slots(windows: Windows, at: Moment, newest_ms: int) -> list[list[int]]:
-    """The slots that still count the moment: the minute's and the hour's, or one, or none."""
-    ms, minute, minute_place, hour, hour_place = at
+def claim(slot: list[int], bucket: int) -> None:
+    """Empties the slot for another bucket."""
+    slot[:] = (*_EMPTY, bucket)
+
+
+def slots(minutes: Ring | None, hours: Ring, at: Moment, newest_ms: int) -> list[list[int]]:
+    """The slots of the rings that still count the moment: both, the hour's, or none."""
+    _, minute, minute_place, hour, hour_place = at
     found = []
-    # Almost every event is within the hour, and then neither bucket can have left its window.
-    recent = newest_ms - ms < _SURELY_LIVE_MS
-    if recent or newest_ms // MINUTE_MS - minute < MINUTE_SLOTS:
-        slot = windows["minutes"][minute_place]
-        if slot[BUCKET] != minute:
-            slot[:] = (*_EMPTY, minute)
-        found.append(slot)
-    if recent or newest_ms // HOUR_MS - hour < HOUR_SLOTS:
-        slot = windows["hours"][hour_place]
-        if slot[BUCKET] != hour:
-            slot[:] = (*_EMPTY, hour)
-        found.append(slot)
+    if minutes is not None and newest_ms // MINUTE_MS - minute < MINUTE_SLOTS:
+        found.append(minutes[minute_place])
+        if found[-1][BUCKET] != minute:
+            claim(found[-1], minute)
+    if newest_ms // HOUR_MS - hour < HOUR_SLOTS:
+        found.append(hours[hour_place])
+        if found[-1][BUCKET] != hour:
+            claim(found[-1], hour)
     return found
 
 
-def live_slots(ring: list[list[int]], newest_bucket: int, span: int) -> list[list[int]]:
+def live_slots(ring: Ring, newest_bucket: int, span: int) -> list[list[int]]:
     """The slots of the `span` newest buckets that count anything, oldest first."""
     oldest = newest_bucket - span + 1
     live = [slot for slot in ring if slot[BUCKET] >= oldest and any(slot[:COLUMNS])]

@@ -53,7 +53,6 @@ from projections.projector import TenantFold
 from projections.store import FoldStore
 
 TURNS: Final = 5
-SERVER_CORE, CLIENT_CORE = 0, 1
 PAGE_ENTRIES: Final = 1000
 COPY_SPAN_S: Final = 3 * 3600
 """The shipped events span less than this: the time from one copy of them to the next."""
@@ -131,7 +130,7 @@ def frozen_heap() -> Iterator[None]:
 class BenchServer:
     """A server on a Unix socket in a temporary directory."""
 
-    def __init__(self, kind: str, *, pinned: bool) -> None:
+    def __init__(self, kind: str, cores: set[int]) -> None:
         self._program = _program(kind)
         self._directory = Path(tempfile.mkdtemp(prefix="govledger-bench-"))
         self.socket_path = self._directory / "server.sock"
@@ -147,7 +146,7 @@ class BenchServer:
             "auto-aof-rewrite-percentage": "0",
         }
         argv = [part for name, value in options.items() for part in (f"--{name}", value)]
-        with self._log.open("wb") as log, on_core(SERVER_CORE if pinned else None):
+        with self._log.open("wb") as log, running_on(cores):
             self._process = subprocess.Popen(
                 [self._program, *argv],
                 stdin=subprocess.DEVNULL,
@@ -201,14 +200,46 @@ def _program(kind: str) -> str:
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class Cores:
+    """Who runs where; empty sets where the system has no say in it."""
+
+    server: set[int]
+    client: set[int]
+    writers: set[int]
+
+    @classmethod
+    def chosen(cls, *, pin: bool) -> Self:
+        """The first core for the server and the second for clients, of those we may use."""
+        ours = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+        if not pin or len(ours) < 2:
+            return cls(ours, ours, ours)
+        first, second, *others = sorted(ours)
+        return cls({first}, {second}, set(others) or {second})
+
+    def __str__(self) -> str:
+        if not self.server:
+            return "wherever the system puts them"
+        if self.server == self.client:
+            return f"server and clients on any of cores {_listed(self.server)}"
+        return (
+            f"server on core {_listed(self.server)}, client on core {_listed(self.client)}, "
+            f"writer processes on core {_listed(self.writers)}"
+        )
+
+
+def _listed(cores: set[int]) -> str:
+    return ", ".join(map(str, sorted(cores)))
+
+
 @contextmanager
-def on_core(core: int | None) -> Iterator[None]:
-    """What is started inside stays on this core; None leaves it where we are."""
-    if core is None:
+def running_on(cores: set[int]) -> Iterator[None]:
+    """What is started inside stays on these cores."""
+    if not cores:
         yield
         return
     before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {core})
+    os.sched_setaffinity(0, cores)
     try:
         yield
     finally:
@@ -237,8 +268,8 @@ class Bench:
     server: BenchServer
     events: ShippedEvents
     ledger: Ledger
+    cores: Cores
     quick: bool
-    pinned: bool
 
     @property
     def turns(self) -> int:
@@ -566,19 +597,15 @@ class Writers:
         self._count = count * processes
         self._orders: list[Connection] = []
         self._processes = []
-        cores = os.sched_getaffinity(0) if bench.pinned else set()
-        if bench.pinned and (os.cpu_count() or 1) > 2:
-            os.sched_setaffinity(0, set(range(os.cpu_count() or 1)) - {SERVER_CORE, CLIENT_CORE})
-        for _ in range(processes):
-            ours, theirs = context.Pipe()
-            args = (theirs, bench.server.url, names, batch, count)
-            process = context.Process(target=_writer, args=args, daemon=True)
-            process.start()
-            theirs.close()
-            self._orders.append(ours)
-            self._processes.append(process)
-        if bench.pinned:
-            os.sched_setaffinity(0, cores)
+        with running_on(bench.cores.writers):
+            for _ in range(processes):
+                ours, theirs = context.Pipe()
+                args = (theirs, bench.server.url, names, batch, count)
+                process = context.Process(target=_writer, args=args, daemon=True)
+                process.start()
+                theirs.close()
+                self._orders.append(ours)
+                self._processes.append(process)
 
     def prepare(self) -> None:
         """Returns when every writer has its events."""
@@ -753,11 +780,14 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-async def _measure(bench: Bench, rows: Sequence[Row]) -> list[tuple[Row, Measured]]:
-    results = []
+async def _measure(
+    server: BenchServer, cores: Cores, rows: Sequence[Row], *, quick: bool
+) -> list[tuple[Row, Measured]]:
+    events, results = ShippedEvents(), []
     for number, row in enumerate(rows, 1):
         with say.status(f"{number} of {len(rows)}: {row.what}"):
-            async with Ledger.connect(bench.server.url) as bench.ledger:
+            async with Ledger.connect(server.url) as ledger:
+                bench = Bench(server, events, ledger, cores, quick)
                 results.append((row, await row.measure(bench)))
     return results
 
@@ -769,7 +799,25 @@ def main() -> None:
     benchmark = shutil.which("redis-benchmark")
     if benchmark is None and any(row.needs_redis_benchmark for row in rows):
         sys.exit("redis-benchmark, the ceiling, is not on PATH (Debian: apt-get install redis-tools)")
-    pinned = asked.pin and hasattr(os, "sched_setaffinity") and len(os.sched_getaffinity(0)) > 1
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    with closing(BenchServer(asked.server, pinned=pinned)) as server:
-        ...
+    cores = Cores.chosen(pin=asked.pin)
+    with closing(BenchServer(asked.server, cores.server)) as server, running_on(cores.client):
+        about = {
+            "server": server.version,
+            "cores": str(cores),
+            "turns": 3 if asked.quick else TURNS,
+            "quick": asked.quick,
+        }
+        results = asyncio.run(_measure(server, cores, rows, quick=asked.quick))
+    if asked.json:
+        print(as_json(about, results))
+        return
+    print(f"{about['server']}; {cores}; medians of {about['turns']} turns")
+    if asked.quick:
+        print("quick: a tenth of the events, so take the numbers for a sign of life only")
+    Console().print(table(results))
+
+
+if __name__ == "__main__":
+    with suppress(KeyboardInterrupt):
+        main()

@@ -1,0 +1,426 @@
+"""Appending a file of events: check every line, then record them all; or record the good lines and
+report the others.
+
+A tenant's events are recorded in the order of the file: one group at a time is under way for each
+tenant, while the lines of its next group are read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import IO, Any, Final, NamedTuple
+
+import orjson
+
+from ledger import errors
+from ledger.append import BATCH_EVENTS_LIMIT, Durability, Receipt
+from ledger.events import Event, encode
+from ledger.ledger import Ledger
+from ledger.service.jsonl import KEPT_BYTES, Line, LineSplitter, Source, event_of
+from ledger.service.terminal import progress
+
+__all__ = ["Landed", "Rejects", "append_checked", "append_good_lines"]
+
+GROUP_EVENTS: Final = 200
+GROUP_BYTES: Final = 1024 * 1024
+"""How much goes into one call; more would hold the server's readers up."""
+
+WAITING_EVENTS: Final = 10 * GROUP_EVENTS
+"""How many events, of all tenants, wait for their groups to fill before all groups are sent."""
+
+TENANTS_AT_ONCE: Final = 8
+ITEMS_BETWEEN_YIELDS: Final = 32
+BAD_LINES_SHOWN: Final = 10
+AHEAD_LIMIT_MS: Final = 300_000
+_LEVELS: Final = list(Durability)
+
+
+class _Item(NamedTuple):
+    number: int
+    raw: bytes
+    size: int
+    tenant: str
+    event: Event
+
+
+@dataclass(slots=True)
+class _Group:
+    items: list[_Item] = field(default_factory=list)
+    size_bytes: int = 0
+
+
+@dataclass
+class Landed:
+    """What was acknowledged of a tenant's events; `count` has the duplicates in it, and
+    `durability` is the least that one of them reached.
+    """
+
+    tenant: str
+    count: int = 0
+    duplicates: int = 0
+    first_seq: int | None = None
+    last_seq: int | None = None
+    durability: Durability | None = None
+
+    def add(self, receipts: list[Receipt]) -> None:
+        """Counts one group's receipts."""
+        seqs = [receipt.seq for receipt in receipts]
+        self.count += len(receipts)
+        self.duplicates += sum(receipt.duplicate for receipt in receipts)
+        self.first_seq = min(seqs) if self.first_seq is None else min(self.first_seq, *seqs)
+        self.last_seq = max(seqs) if self.last_seq is None else max(self.last_seq, *seqs)
+        reached = receipts[0].durability
+        self.durability = min(self.durability or reached, reached, key=_LEVELS.index)
+
+
+class Rejects:
+    """Lines that cannot be recorded: counted, the first ones kept, all of them written to `to`.
+
+    What is written is JSON Lines of `line` (its number), `error`, `hint`, and `input`, the line.
+    """
+
+    def __init__(self, source: Source, to: IO[bytes] | None = None) -> None:
+        self.count = 0
+        self.first: list[dict[str, Any]] = []
+        self._source = source
+        self._to = to
+
+    def add(self, number: int, raw: bytes, error: errors.LedgerError) -> None:
+        """Counts one more, with what is wrong with it."""
+        self.count += 1
+        if len(self.first) < BAD_LINES_SHOWN:
+            where = f"{self._source.name}:{number}"
+            shown = {"line": number, "where": where, "message": error.message, "hint": error.hint}
+            self.first.append(shown)
+        if self._to:
+            told = {"line": number, "error": error.message, "hint": error.hint}
+            text = raw.decode(errors="backslashreplace")
+            self._to.write(orjson.dumps({**told, "input": text}) + b"\n")
+
+    def as_error(self, outcome: str) -> errors.InvalidInput:
+        """All of them as one error, whose `facts` has the first `lines`."""
+        lines = "1 line" if self.count == 1 else f"{self.count} lines"
+        shown = "" if self.count == len(self.first) else f" (the first {len(self.first)} are shown)"
+        hints = [line["hint"] for line in self.first if line["hint"]]
+        return errors.InvalidInput(
+            f"{self._source.name}: {lines} cannot be recorded{shown}; {outcome}",
+            hint=hints[0] if hints else "correct them, and run the same command again",
+            lines=self.first,
+        )
+
+
+# -- every line checked before anything is written ----------------------------------------------
+
+
+async def append_checked(
+    ledger: Ledger, source: Source, tenant: str | None, *, expected_seq: int | None = None
+) -> dict[str, Landed]:
+    """Checks every line, and then records them all; what landed, by tenant.
+
+    Args:
+        ledger: where to.
+        source: JSON Lines.
+        tenant: whose; None takes the tenant that each line names.
+        expected_seq: the tenant's head must be this; at most 1,000 events then, all or none.
+
+    Raises:
+        InvalidInput: a line cannot be recorded; nothing was written.
+        LedgerError: as `Ledger.append_many`; it says where it stopped and what had landed.
+    """
+    check = _Check(ledger, source, tenant)
+    with progress("checking", source.size_bytes) as advance:
+        await check.every_line(advance)
+    with progress("recording", check.count) as advance:
+        recorder = _Recorder(ledger, source, advance)
+        if expected_seq is not None:
+            await recorder.whole(check.one_batch(), expected_seq)
+            return recorder.landed
+        try:
+            for item in check.items():
+                await recorder.put(item)
+            await recorder.finish()
+        except errors.LedgerError as error:
+            await recorder.settle()
+            raise _stopped(error, recorder.landed) from error
+    return recorder.landed
+
+
+class _Check:
+    """The first reading: nothing but refusals, and the events themselves where they are few."""
+
+    def __init__(self, ledger: Ledger, source: Source, tenant: str | None) -> None:
+        self.count = 0
+        self._ledger = ledger
+        self._source = source
+        self._tenant = tenant
+        self._bad = Rejects(source)
+        self._kept: list[_Item] | None = []
+        self._kept_bytes = 0
+        self._seen: dict[tuple[str, str], tuple[int, int]] = {}
+        self._clock_ahead_ms = 0.0
+
+    async def every_line(self, advance: Callable[[int], None]) -> None:
+        """Raises InvalidInput with the first bad lines, where there are any."""
+        seconds, micros = await self._ledger.server.command("", "TIME")
+        self._clock_ahead_ms = int(seconds) * 1000 + int(micros) / 1000 - time.time() * 1000
+        splitter = LineSplitter()
+        async for chunk in self._source.chunks(twice=True):
+            await self._check(splitter.feed(chunk))
+            advance(len(chunk))
+            await asyncio.sleep(0)  # lets Ctrl-C in
+        await self._check(splitter.end())
+        self._seen.clear()
+        if self._bad.count:
+            raise self._bad.as_error("nothing was written")
+
+    async def _check(self, lines: list[Line]) -> None:
+        for line in lines:
+            try:
+                tenant, event = event_of(line, self._tenant)
+                _, event_id, data, at_ms = encode(event)
+                now_ms = time.time() * 1000 + self._clock_ahead_ms
+                if at_ms is not None and at_ms > now_ms + AHEAD_LIMIT_MS:
+                    await self._refuse_future(tenant, at_ms, now_ms)
+                self.count += 1
+                if self._kept is not None:
+                    self._keep(_Item(line.number, b"", line.size, tenant, event))
+                    self._refuse_other_content(tenant, event_id, line.number, hash(data))
+            except errors.InvalidInput as error:
+                self._bad.add(line.number, line.raw, error)
+
+    async def _refuse_future(self, tenant: str, at_ms: int, now_ms: float) -> None:
+        """The append function's own rule, held before anything is written."""
+        recorded_ms = int((await self._ledger.head(tenant)).entry_id.partition("-")[0])
+        ahead_ms = at_ms - max(now_ms, recorded_ms)
+        if ahead_ms > AHEAD_LIMIT_MS:
+            raise errors.InvalidEvent(
+                f"at: is {ahead_ms / 1000:.0f} s ahead of the ledger's time; the limit is "
+                f"{AHEAD_LIMIT_MS // 1000} s",
+                hint="`at` is when the engine decided, in UTC; set that machine's clock",
+            )
+
+    def _keep(self, item: _Item) -> None:
+        assert self._kept is not None
+        self._kept.append(item)
+        self._kept_bytes += item.size
+        if self._kept_bytes > KEPT_BYTES:
+            self._kept = None
+            self._seen.clear()
+
+    def _refuse_other_content(self, tenant: str, event_id: str, number: int, digest: int) -> None:
+        """Only among what is kept; the ledger finds the rest when it comes to record it."""
+        first, known = self._seen.setdefault((tenant, event_id), (number, digest))
+        if known != digest:
+            raise errors.InvalidEvent(
+                f"id: {event_id} is on line {first} too, with other content",
+                hint="a new event needs a new id",
+            )
+
+    def items(self) -> Iterator[_Item]:
+        """The events in order: the kept ones, or read and parsed anew."""
+        if self._kept is not None:
+            yield from self._kept
+            return
+        splitter = LineSplitter()
+        for chunk in self._source.again():
+            yield from self._parsed(splitter.feed(chunk))
+        yield from self._parsed(splitter.end())
+
+    def _parsed(self, lines: list[Line]) -> Iterator[_Item]:
+        for line in lines:
+            tenant, event = event_of(line, self._tenant)
+            yield _Item(line.number, b"", line.size, tenant, event)
+
+    def one_batch(self) -> list[_Item]:
+        """Raises InvalidInput where they do not fit into one atomic batch."""
+        if self._kept is None or not 1 <= self.count <= BATCH_EVENTS_LIMIT:
+            raise errors.InvalidInput(
+                f"--expected-seq: needs one atomic batch, of 1 to {BATCH_EVENTS_LIMIT} events; "
+                f"{self._source.name} has {self.count}",
+                hint="append it in parts, each with the last seq of the one before",
+            )
+        return self._kept
+
+
+# -- the good lines, whatever the others are ------------------------------------------------------
+
+
+async def append_good_lines(
+    ledger: Ledger, source: Source, tenant: str | None, rejects: Rejects
+) -> dict[str, Landed]:
+    """Records each line that can be recorded as it is read, and hands the others to `rejects`.
+
+    What a pipe has brought is recorded when it pauses, so it may stay open.
+
+    Raises:
+        LedgerError: what is no single line's fault; it says what had landed.
+    """
+    with progress("recording", source.size_bytes) as advance:
+        recorder = _Recorder(ledger, source, lambda _: None, rejects)
+        splitter = LineSplitter()
+        try:
+            async for chunk in source.chunks(twice=False):
+                await _put_good(recorder, splitter.feed(chunk), tenant, rejects)
+                if source.size_bytes is None:
+                    await recorder.send_all()
+                advance(len(chunk))
+            await _put_good(recorder, splitter.end(), tenant, rejects)
+            await recorder.finish()
+        except errors.LedgerError as error:
+            await recorder.settle()
+            raise _stopped(error, recorder.landed) from error
+    return recorder.landed
+
+
+async def _put_good(
+    recorder: _Recorder, lines: list[Line], tenant: str | None, rejects: Rejects
+) -> None:
+    for line in lines:
+        try:
+            whose, event = event_of(line, tenant)
+            encode(event)  # what is too large would be found only with the whole group
+        except errors.InvalidInput as error:
+            rejects.add(line.number, line.raw, error)
+        else:
+            await recorder.put(_Item(line.number, line.raw, line.size, whose, event))
+
+
+# -- recording ----------------------------------------------------------------------------------
+
+
+class _Recorder:
+    """Gathers events into groups, a tenant each, and appends them."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        source: Source,
+        advance: Callable[[int], None],
+        rejects: Rejects | None = None,
+    ) -> None:
+        """`rejects`: takes the events that the ledger refuses; without it a refusal is the end."""
+        self.landed: dict[str, Landed] = {}
+        self._ledger = ledger
+        self._source = source
+        self._advance = advance
+        self._rejects = rejects
+        self._waiting: dict[str, _Group] = {}
+        self._waiting_count = 0
+        self._sending: dict[str, asyncio.Task[None]] = {}
+        self._slots = asyncio.Semaphore(TENANTS_AT_ONCE)
+        self._put_count = 0
+        self._failure: errors.LedgerError | None = None
+
+    async def put(self, item: _Item) -> None:
+        """Raises what an earlier group came to."""
+        group = self._waiting.get(item.tenant)
+        if group is None:
+            group = self._waiting[item.tenant] = _Group()
+        group.items.append(item)
+        group.size_bytes += item.size
+        self._waiting_count += 1
+        if len(group.items) >= GROUP_EVENTS or group.size_bytes >= GROUP_BYTES:
+            await self._start(item.tenant)
+        elif self._waiting_count >= WAITING_EVENTS:
+            await self.send_all()
+        self._put_count += 1
+        if self._put_count % ITEMS_BETWEEN_YIELDS == 0:
+            await asyncio.sleep(0)  # what is under way goes on, and Ctrl-C comes in
+
+    async def send_all(self) -> None:
+        """Sends every group as it is."""
+        for tenant in list(self._waiting):
+            await self._start(tenant)
+
+    async def finish(self) -> None:
+        """Sends the rest, and returns when all is acknowledged."""
+        await self.send_all()
+        await self.settle()
+        if self._failure:
+            raise self._failure
+
+    async def settle(self) -> None:
+        """Waits for what is under way."""
+        await asyncio.gather(*self._sending.values())
+
+    async def whole(self, items: list[_Item], expected_seq: int) -> None:
+        """One atomic batch at the expected head: all of it, or an error and nothing."""
+        try:
+            await self._append(items[0].tenant, items, expected_seq)
+        except errors.LedgerError as error:
+            raise _located(error, items, self._source.name) from error
+
+    async def _start(self, tenant: str) -> None:
+        if tenant in self._sending:
+            await self._sending[tenant]
+        if self._failure:
+            raise self._failure
+        group = self._waiting.pop(tenant).items
+        self._waiting_count -= len(group)
+        self._sending[tenant] = asyncio.create_task(self._send(tenant, group))
+
+    async def _send(self, tenant: str, group: list[_Item]) -> None:
+        try:
+            async with self._slots:
+                while group and not await self._landed_or_rejected(tenant, group):
+                    pass
+        except errors.LedgerError as error:
+            self._failure = self._failure or _located(error, group, self._source.name)
+
+    async def _landed_or_rejected(self, tenant: str, group: list[_Item]) -> bool:
+        """Whether the group landed; if not, one event less is in it."""
+        try:
+            await self._append(tenant, group)
+        except (errors.ConflictingEvent, errors.ClockSkew) as error:
+            at = _culprit(error, group)
+            if at is None or self._rejects is None:
+                raise
+            item = group.pop(at)
+            self._rejects.add(item.number, item.raw, error)
+            return False
+        return True
+
+    async def _append(
+        self, tenant: str, group: list[_Item], expected_seq: int | None = None
+    ) -> None:
+        events = [item.event for item in group]
+        receipts = await self._ledger.append_many(tenant, events, expected_seq=expected_seq)
+        self.landed.setdefault(tenant, Landed(tenant)).add(receipts)
+        self._advance(len(group))
+
+
+def _culprit(error: errors.LedgerError, group: list[_Item]) -> int | None:
+    """Which event of the group the error is about, where it is about one."""
+    if "id" not in error.facts:
+        return None
+    if "index" in error.facts:
+        return int(str(error.facts["index"]))
+    ids = [item.event.id for item in group]
+    return ids.index(str(error.facts["id"]))
+
+
+def _located(error: errors.LedgerError, group: list[_Item], name: str) -> errors.LedgerError:
+    at = _culprit(error, group)
+    first, last = (group[0], group[-1]) if at is None else (group[at], group[at])
+    lines = f"{first.number}" if first is last else f"{first.number}-{last.number}"
+    return type(error)(f"{name}:{lines}: {error.message}", hint=error.hint, **error.facts)
+
+
+def _stopped(error: errors.LedgerError, landed: dict[str, Landed]) -> errors.LedgerError:
+    tenants = [one for one in landed.values() if one.count]
+    shown = ", ".join(f"{one.tenant} seq {one.first_seq}..{one.last_seq}" for one in tenants[:3])
+    more = f" and {len(tenants) - 3} more tenants" if len(tenants) > 3 else ""
+    count = sum(one.count for one in tenants)
+    what = f"{count} events had landed ({shown}{more})" if count else "nothing had landed"
+    again = "the same command again records only what is missing"
+    facts = {
+        **error.facts,
+        "landed": [
+            {"tenant": one.tenant, "count": one.count, "last_seq": one.last_seq} for one in tenants
+        ],
+    }
+    hint = f"{error.hint}; then {again}" if error.hint else again
+    return type(error)(f"{error.message}; stopped there: {what}", hint=hint, **facts)

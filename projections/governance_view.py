@@ -1,0 +1,416 @@
+"""What is published of the governance state, in names that a reader of the JSON understands.
+
+A rate is `{"rate", "numerator", "denominator"}`; `rate` is null where the denominator is 0. Times
+are RFC 3339 in UTC; `at` is the event's own, `recorded_at` the ledger's. Windows end with the bucket
+of the newest time seen; `windows.buckets` lets a reader that has a clock sum them up to now.
+
+The JSON stays below 256 KiB: names and lists that would not fit are left out, those that count most
+first kept, and `bounds.names_shown` says how many names a dimension shows at most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import islice
+from typing import Any, Final
+
+import orjson
+
+from projections.governance_state import (
+    FEEDBACK,
+    IMPACT_LEVELS,
+    LATENCY_BOUNDS_MS,
+    NAME_BYTES_LIMIT,
+    NAMES_LIMIT,
+    NEVER_MS,
+    OTHER,
+    OVERRIDDEN,
+    RECENT_LIMIT,
+    VERDICTS,
+    VIOLATIONS,
+    WARNINGS,
+    WITH_FEEDBACK,
+    State,
+    clipped,
+    new_state,
+)
+from projections.windows import BUCKET, COLUMNS, WINDOWS, Ring, live_slots, time_text
+
+__all__ = ["VIEW_BYTES_LIMIT", "view"]
+
+VIEW_BYTES_LIMIT: Final = 255 * 1024
+"""Of the view; the envelope round it takes what is left of 256 KiB."""
+
+_NAMES_SHOWN: Final = (NAMES_LIMIT, 128, 64, 32, 16, 8)
+_LISTED: Final = 50
+_COLUMN_NAMES: Final = (*VERDICTS, "warnings", "violations", "overridden")
+
+View = dict[str, Any]
+
+
+def view(state: State) -> View:
+    """The published value of the entity `state`, which may be empty."""
+    state = state or new_state()
+    for shown in _NAMES_SHOWN:
+        value = _view(state, shown)
+        if len(orjson.dumps(value)) < VIEW_BYTES_LIMIT:
+            break
+    return value
+
+
+def _view(state: State, shown: int) -> View:
+    return {
+        "decisions": _decisions(state, shown),
+        "rates": _rates(_total(state)),
+        "windows": _tenant_windows(state),
+        "policies": _policies(state, shown),
+        "constitution": _constitution(state, shown),
+        "thresholds": _thresholds(state, shown),
+        "mode": _mode(state),
+        "waivers": _waivers(state, shown),
+        "escalations": _escalations(state, shown),
+        "overrides": _overrides(state, shown),
+        "feedback": _feedback(state, shown),
+        "outcomes": {"total": sum(state["outcomes"].values()), **state["outcomes"]},
+        "precedents": _precedents(state, shown),
+        "latency": _latency(state),
+        "agents": {
+            "roles_assigned": state["roles_assigned"],
+            "trust_adjustments": state["trust_adjustments"],
+        },
+        "recent": _recent(state, shown),
+        "counts": _counts(state, shown),
+        "bounds": {
+            "names_per_dimension": NAMES_LIMIT,
+            "name_bytes": NAME_BYTES_LIMIT,
+            "names_shown": shown,
+            "overflowed": state["overflow"],
+        },
+    }
+
+
+# -- parts that many sections have ----------------------------------------------------------------
+
+
+def _rate(numerator: int, denominator: int) -> View:
+    rate = numerator / denominator if denominator else None
+    return {"rate": rate, "numerator": numerator, "denominator": denominator}
+
+
+def _rates(cell: list[int]) -> View:
+    decisions = sum(cell[: len(VERDICTS)])
+    return {
+        "deny": _rate(cell[VERDICTS.index("deny")], decisions),
+        "escalate": _rate(cell[VERDICTS.index("escalate")], decisions),
+        "warning": _rate(cell[WARNINGS], decisions),
+        "violation": _rate(cell[VIOLATIONS], decisions),
+        "override": _rate(cell[OVERRIDDEN], decisions),
+    }
+
+
+def _cell(cell: list[int]) -> View:
+    decisions = sum(cell[: len(VERDICTS)])
+    return {"decisions": decisions, **dict(zip(_COLUMN_NAMES, cell, strict=False))}
+
+
+def _summed(cells: Iterable[list[int]], columns: int) -> list[int]:
+    total = [0] * columns
+    for cell in cells:
+        for column in range(columns):
+            total[column] += cell[column]
+    return total
+
+
+def _total(state: State) -> list[int]:
+    return _summed(state["impact_levels"].values(), COLUMNS)
+
+
+def _most(cells: dict[str, list[int]], shown: int) -> dict[str, list[int]]:
+    """The names that count most, and all the others added up in `other`."""
+    if len(cells) <= shown + 1:
+        return dict(sorted(cells.items()))
+    named = sorted((name for name in cells if name != OTHER), key=lambda n: (-sum(cells[n]), n))
+    kept = {name: cells[name] for name in sorted(named[:shown])}
+    rest = [cells[name] for name in cells if name not in kept]
+    return {**kept, OTHER: _summed(rest, len(rest[0]))}
+
+
+def _most_counts(counts: dict[str, int], shown: int) -> dict[str, int]:
+    cells = {name: [count] for name, count in counts.items()}
+    return {name: cell[0] for name, cell in _most(cells, shown).items()}
+
+
+def _time(ms: int | None) -> str | None:
+    return None if ms is None else time_text(ms)
+
+
+# -- decisions and windows ------------------------------------------------------------------------
+
+
+def _decisions(state: State, shown: int) -> View:
+    total = _total(state)
+    verdicts = total[: len(VERDICTS)]
+    effective = [
+        count + change for count, change in zip(verdicts, state["effective_change"], strict=True)
+    ]
+    levels = state["impact_levels"]
+    actions, policies = _most(state["action_types"], shown), _most(state["policies"], shown)
+    return {
+        "total": sum(verdicts),
+        "by_verdict": dict(zip(VERDICTS, verdicts, strict=True)),
+        "by_effective_verdict": dict(zip(VERDICTS, effective, strict=True)),
+        "warnings": total[WARNINGS],
+        "violations": total[VIOLATIONS],
+        "overridden": total[OVERRIDDEN],
+        "by_impact_level": {level: _cell(levels[level]) for level in IMPACT_LEVELS},
+        "by_action_type": {name: _cell(cell) for name, cell in actions.items()},
+        "by_policy": {name: _cell(cell) for name, cell in policies.items()},
+    }
+
+
+def _windows(rings: dict[str, Ring], newest_ms: int) -> View:
+    found = {}
+    for window, (ring, bucket_ms, span) in WINDOWS.items():
+        if ring not in rings:
+            continue
+        newest_bucket = newest_ms // bucket_ms
+        cell = _summed(live_slots(rings[ring], newest_bucket, span), COLUMNS)
+        found[window] = {
+            "since": time_text((newest_bucket - span + 1) * bucket_ms),
+            **_cell(cell),
+            "rates": _rates(cell),
+        }
+    return found
+
+
+def _tenant_windows(state: State) -> View | None:
+    newest_ms = state["newest_ms"]
+    if newest_ms == NEVER_MS:
+        return None
+    buckets: View = {"columns": ["start_ms", *_COLUMN_NAMES]}
+    for window in ("1h", "7d"):
+        ring, bucket_ms, span = WINDOWS[window]
+        live = live_slots(state[ring], newest_ms // bucket_ms, span)
+        buckets[ring] = [[slot[BUCKET] * bucket_ms, *slot[:COLUMNS]] for slot in live]
+    windows = _windows(state, newest_ms)
+    return {"newest_at": time_text(newest_ms), **windows, "buckets": buckets}
+
+
+def _latency(state: State) -> View:
+    counts = state["latency"]
+    return {"count": sum(counts), "bounds_ms": list(LATENCY_BOUNDS_MS), "counts": counts}
+
+
+def _recent(state: State, shown: int) -> list[View]:
+    newest = islice(reversed(state["recent"]), min(RECENT_LIMIT, shown))
+    return [
+        {
+            "seq": seq,
+            "id": clipped(event_id),
+            "at": time_text(at_ms),
+            "verdict": VERDICTS[verdict],
+            "agent": clipped(agent),
+            "action": clipped(action),
+            "policy": policy and clipped(policy),
+        }
+        for seq, event_id, at_ms, verdict, agent, action, policy in newest
+    ]
+
+
+# -- what governs ---------------------------------------------------------------------------------
+
+
+def _policies(state: State, shown: int) -> View:
+    active, windows = state["active_policies"], state["policy_windows"]
+    by_age = sorted(active, key=lambda policy_id: int(active[policy_id]["seq"]))
+    shown_active = {}
+    for policy_id in by_age[:shown]:
+        policy = active[policy_id]
+        own = windows.get(f"{policy_id}@{policy['version']}")
+        shown_active[policy_id] = {
+            "version": clipped(policy["version"]),
+            "hash": policy["hash"] and clipped(policy["hash"]),
+            **_when(policy),
+            "windows": own and _windows({"hours": own}, state["newest_ms"]),
+        }
+    history = [
+        {
+            "change": change,
+            "id": policy_id,
+            "version": version,
+            "hash": policy_hash,
+            **_when({"seq": seq, "at_ms": at_ms, "recorded_ms": recorded_ms}),
+        }
+        for seq, recorded_ms, at_ms, change, policy_id, version, policy_hash in _last(
+            state["policy_history"], shown
+        )
+    ]
+    return {
+        "active_count": len(active),
+        "active": shown_active,
+        "changes": state["policy_changes"],
+        "history": history,
+    }
+
+
+def _when(row: View) -> View:
+    times = {"at": time_text(row["at_ms"]), "recorded_at": time_text(row["recorded_ms"])}
+    return {"seq": row["seq"], **times}
+
+
+def _last(history: list[Any], shown: int) -> list[Any]:
+    """The newest rows of a history, the newest first."""
+    return history[: -min(_LISTED, shown) - 1 : -1]
+
+
+def _constitution(state: State, shown: int) -> View:
+    history = [
+        {
+            "constitutional_hash": constitutional_hash,
+            **_when({"seq": seq, "at_ms": at_ms, "recorded_ms": recorded_ms}),
+        }
+        for seq, recorded_ms, at_ms, constitutional_hash in _last(
+            state["constitution_history"], shown
+        )
+    ]
+    return {
+        "active": state["constitution"] and clipped(state["constitution"]),
+        "changes": state["constitution_changes"],
+        "mismatched_decisions": state["constitution_mismatches"],
+        "history": history,
+    }
+
+
+def _thresholds(state: State, shown: int) -> View:
+    thresholds = state["thresholds"]
+    current = [
+        {
+            "scope": row["scope"],
+            "level": row["level"],
+            "value": row["value"],
+            "version": row["version"],
+            "event_id": row["event_id"],
+            **_when(row),
+        }
+        for _, row in islice(sorted(thresholds.items()), shown)
+    ]
+    return {"count": len(thresholds), "changes": state["threshold_changes"], "current": current}
+
+
+def _mode(state: State) -> View:
+    mode = state["mode"]
+    return {
+        "mode": mode and mode["mode"],
+        "learning_paused": state["learning_paused"],
+        "changes": state["mode_changes"],
+        **(_when(mode) if mode else {"seq": None, "at": None, "recorded_at": None}),
+    }
+
+
+def _waivers(state: State, shown: int) -> View:
+    waivers = state["waivers"]
+    by_age = sorted(waivers.items(), key=lambda item: int(item[1]["seq"]))
+    listed = [
+        {
+            "waiver_id": waiver_id,
+            "scope": waiver["scope"],
+            "expires_at": _time(waiver["expires_ms"]),
+            "seq": waiver["seq"],
+            "at": time_text(waiver["at_ms"]),
+        }
+        for waiver_id, waiver in by_age[: min(_LISTED, shown)]
+    ]
+    return {
+        "count": len(waivers),
+        "granted": state["waivers_granted"],
+        "revoked": state["waivers_revoked"],
+        "oldest": listed,
+    }
+
+
+# -- what followed --------------------------------------------------------------------------------
+
+
+def _escalations(state: State, shown: int) -> View:
+    pending = state["pending"]
+    by_age = sorted(pending.items(), key=lambda item: int(item[1]["seq"]))
+    oldest = [
+        {
+            "decision_id": clipped(decision_id),
+            "seq": row["seq"],
+            "at": time_text(row["at_ms"]),
+            "deadline": row["expires_at"],
+            "agent": row["agent"],
+            "action": row["action"],
+            "required_approvals": row["required_approvals"],
+            "approvals": row["approvals"],
+            "rejections": row["rejections"],
+        }
+        for decision_id, row in by_age[: min(_LISTED, shown)]
+    ]
+    return {
+        "opened": state["escalations"],
+        "pending": len(pending) + state["pending_unlisted"],
+        "unlisted": state["pending_unlisted"],
+        "unlisted_from_seq": state["pending_unlisted_from_seq"],
+        "resolved": state["resolutions"],
+        "votes": state["votes"],
+        "oldest": oldest,
+    }
+
+
+def _overrides(state: State, shown: int) -> View:
+    return {
+        "events": state["overrides"],
+        "decisions": _total(state)[OVERRIDDEN],
+        "by_direction": dict(sorted(state["override_directions"].items())),
+        "by_policy": _most_counts(state["override_policies"], shown),
+        "by_reviewer": _most_counts(state["override_reviewers"], shown),
+    }
+
+
+def _matrix(matrix: list[int]) -> View:
+    tp, fp, tn, fn = matrix[:4]
+    return {
+        **dict(zip(FEEDBACK, matrix, strict=True)),
+        "false_negative_rate": _rate(fn, fn + tp),
+        "false_positive_rate": _rate(fp, fp + tn),
+    }
+
+
+def _feedback(state: State, shown: int) -> View:
+    by_policy = _most(state["feedback_policies"], shown)
+    decisions = sum(_total(state)[: len(VERDICTS)])
+    return {
+        "events": state["feedback_events"],
+        "coverage": _rate(state["feedback"][WITH_FEEDBACK], decisions),
+        "overall": _matrix(state["feedback"]),
+        "by_policy": {name: _matrix(matrix) for name, matrix in by_policy.items()},
+    }
+
+
+def _precedents(state: State, shown: int) -> View:
+    precedents = state["precedents"]
+    by_age = sorted(precedents.items(), key=lambda item: -int(item[1]["seq"]))
+    latest = [
+        {
+            **dict(zip(("action", "resource", "args_hash"), orjson.loads(key), strict=True)),
+            "effective_verdict": row["effective_verdict"],
+            "times": row["times"],
+            "decision_id": row["decision_id"],
+            "seq": row["seq"],
+        }
+        for key, row in by_age[: min(_LISTED, shown)]
+    ]
+    return {"count": len(precedents), "latest": latest}
+
+
+def _counts(state: State, shown: int) -> View:
+    return {
+        "events": state["events"],
+        "late": state["late"],
+        "orphans": {"total": sum(state["orphans"].values()), **state["orphans"]},
+        "conflicts": {"total": sum(state["conflicts"].values()), **state["conflicts"]},
+        "unknown_types": _most_counts(state["unknown_types"], shown),
+        "quarantined": state["quarantined"],
+    }
