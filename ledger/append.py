@@ -8,7 +8,6 @@ sending it again with the same id is always safe.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import secrets
 import time
@@ -16,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from enum import StrEnum
+from functools import cache
 from typing import Any, Final, NamedTuple
 
 from redis import exceptions as redis_errors
@@ -36,9 +36,10 @@ GATHER_BYTES: Final = 1024 * 1024
 """How much of several callers' work one function call carries; more would hold readers up."""
 
 CALLS_IN_FLIGHT: Final = 2
+SECOND_CALL_EVENTS: Final = 16
 WAIT_TIMEOUT_MS: Final = 2000
 FEED_LENGTH: Final = 10_000
-FEED_INTERVAL_S: Final = 0.005
+FEED_INTERVAL_S: Final = 0.05
 _log = logging.getLogger("ledger")
 
 
@@ -86,7 +87,7 @@ class Receipt(NamedTuple):
 class _Group:
     """One caller's events: sequenced together or refused together, alone."""
 
-    __slots__ = ("bytes", "done", "durability", "events", "expected_seq", "packed", "sha256")
+    __slots__ = ("bytes", "done", "durability", "events", "expected_seq", "packed")
 
     def __init__(
         self,
@@ -99,28 +100,29 @@ class _Group:
         self.expected_seq = expected_seq
         self.durability = durability
         self.done = done
-        self.sha256 = [hashlib.sha256(event.data).digest() for event in events]
-        self.packed = _packed_group(events, expected_seq, self.sha256)
+        self.packed = _packed_group(events, expected_seq)
         self.bytes = len(self.packed)
 
 
-def _packed_group(
-    events: Sequence[EncodedEvent], expected_seq: int | None, digests: list[bytes]
-) -> bytes:
-    expected = b"-1" if expected_seq is None else b"%d" % expected_seq
-    latest = b"%d" % max((event.at_ms for event in events if event.at_ms is not None), default=0)
-    count = b"%d" % len(events)
-    parts = [
-        b"$%d\r\n%b\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n"
-        % (len(expected), expected, len(latest), latest, len(count), count)
-    ]
-    for (kind, event_id, data, _), digest in zip(events, digests, strict=True):
-        kind_raw, id_raw = kind.encode(), event_id.encode()
+def _packed_group(events: Sequence[EncodedEvent], expected_seq: int | None) -> bytes:
+    """The group as functions.lua reads it: expected seq, latest `at`, count, then the events."""
+    parts, latest = [b""], 0
+    for kind, event_id, data, digest, at_ms in events:
+        id_raw = event_id.encode()
         parts.append(
-            b"$%d\r\n%b\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n$32\r\n%b\r\n"
-            % (len(kind_raw), kind_raw, len(id_raw), id_raw, len(data), data, digest)
+            b"%b$%d\r\n%b\r\n$%d\r\n%b\r\n$32\r\n%b\r\n"
+            % (_packed_type(kind), len(id_raw), id_raw, len(data), data, digest)
         )
+        if at_ms is not None and at_ms > latest:
+            latest = at_ms
+    expected = -1 if expected_seq is None else expected_seq
+    parts[0] = pack(expected, latest, len(events)).partition(b"\r\n")[2]
     return b"".join(parts)
+
+
+@cache
+def _packed_type(kind: str) -> bytes:
+    return pack(kind).partition(b"\r\n")[2]
 
 
 def prepare(tenant: str, events: Sequence[Event], expected_seq: int | None) -> list[EncodedEvent]:
@@ -189,9 +191,12 @@ class _Lane:
     def put(self, group: _Group) -> None:
         self._waiting.append(group)
         self._waiting_events += len(group.events)
-        # A second call pays only with a full load: half loads cost an fsync each.
-        full = self._waiting_events >= GATHER_EVENTS
-        if not self._calls or (full and len(self._calls) < CALLS_IN_FLIGHT):
+        self._start_call()
+
+    def _start_call(self) -> None:
+        """A second call while one is in flight pays only with a load worth an fsync of its own."""
+        worth_it = not self._calls or self._waiting_events >= SECOND_CALL_EVENTS
+        if self._waiting and worth_it and len(self._calls) < CALLS_IN_FLIGHT:
             self._calls.add(asyncio.get_running_loop().create_task(self._run()))
 
     async def drained(self) -> None:
@@ -202,6 +207,7 @@ class _Lane:
         try:
             while self._waiting:
                 groups = self._take()
+                self._start_call()
                 try:
                     await self._send(groups)
                 except BaseException as error:
@@ -212,16 +218,20 @@ class _Lane:
             self._calls.discard(asyncio.current_task())
 
     def _take(self) -> list[_Group]:
+        """The next call's load; half of what waits where the other half can go beside it."""
+        half, alone = self._waiting_events // 2, len(self._calls) == 1
+        split = alone and SECOND_CALL_EVENTS <= half < GATHER_EVENTS
+        limit = half if split else GATHER_EVENTS
         first = self._waiting.popleft()
         groups, events, size = [first], len(first.events), first.bytes
         while self._waiting:
             after = self._waiting[0]
-            events, size = events + len(after.events), size + after.bytes
-            full = events > GATHER_EVENTS or size > GATHER_BYTES
-            if full or after.durability != first.durability:
+            grown, size = events + len(after.events), size + after.bytes
+            if grown > limit or size > GATHER_BYTES or after.durability != first.durability:
                 break
             groups.append(self._waiting.popleft())
-        self._waiting_events -= sum(len(group.events) for group in groups)
+            events = grown
+        self._waiting_events -= events
         return groups
 
     async def _send(self, groups: list[_Group]) -> None:
@@ -318,15 +328,19 @@ class _Lane:
         self, group: _Group, epoch: str, result: list[Any], reached: Durability
     ) -> list[Receipt]:
         _, ms, seq, flat = result
+        tenant = self._tenant
+        if not flat:
+            return [
+                Receipt(tenant, epoch, f"{ms}-{at}", at, False, reached)
+                for at in range(seq, seq + len(group.events))
+            ]
         duplicates = {flat[i]: (flat[i + 1], flat[i + 2]) for i in range(0, len(flat), 3)}
         receipts = []
         for offset in range(len(group.events)):
             known = duplicates.get(offset)
             at_ms, at_seq = known or (ms, seq)
             receipts.append(
-                Receipt(
-                    self._tenant, epoch, f"{at_ms}-{at_seq}", at_seq, known is not None, reached
-                )
+                Receipt(tenant, epoch, f"{at_ms}-{at_seq}", at_seq, known is not None, reached)
             )
             seq += known is None
         return receipts
@@ -336,7 +350,7 @@ class _Lane:
     def _refusal(self, group: _Group, result: list[Any]) -> errors.LedgerError:
         if result[0] == 1:
             _, offset, ms, seq, digest = result
-            event, offered = group.events[offset], group.sha256[offset].hex()
+            event, offered = group.events[offset], group.events[offset].sha256.hex()
             if any(earlier.id == event.id for earlier in group.events[:offset]):
                 return errors.ConflictingEvent(
                     f"tenant {self._tenant}: id {event.id} is twice in this batch, with different "
@@ -461,21 +475,38 @@ def _fail(groups: list[_Group], error: BaseException) -> None:
 
 
 class _Feed:
-    """Tells projectors which tenants have news: after the ack, not awaited, lossy by design."""
+    """Tells projectors which tenants have news: after the ack, not awaited, lossy by design.
+
+    A tenant's first hint leaves at once and the next 50 ms later at the earliest: projectors
+    publish a tenant no oftener, and each hint costs the server a write.
+    """
 
     def __init__(self, server: Server) -> None:
         self._server = server
-        self._tenants: dict[str, None] = {}
+        self._due: set[str] = set()
+        self._resting: set[str] = set()
+        self._again: set[str] = set()
         self._sending: asyncio.Task[None] | None = None
 
     def hint(self, tenant: str) -> None:
-        self._tenants[tenant] = None
+        if tenant in self._resting:
+            self._again.add(tenant)
+            return
+        self._resting.add(tenant)
+        asyncio.get_running_loop().call_later(FEED_INTERVAL_S, self._rested, tenant)
+        self._due.add(tenant)
         if self._sending is None or self._sending.done():
             self._sending = asyncio.get_running_loop().create_task(self._send())
 
+    def _rested(self, tenant: str) -> None:
+        self._resting.discard(tenant)
+        if tenant in self._again:
+            self._again.discard(tenant)
+            self.hint(tenant)
+
     async def _send(self) -> None:
-        while self._tenants:
-            tenants, self._tenants = list(self._tenants), {}
+        while self._due:
+            tenants, self._due = self._due, set()
             packed = [
                 pack("XADD", keys.FEED, "MAXLEN", "~", FEED_LENGTH, "*", "tenant", tenant)
                 for tenant in tenants
@@ -485,9 +516,12 @@ class _Feed:
             except (errors.LedgerError, redis_errors.RedisError) as error:
                 _log.debug("feed hint lost, the sweep will find it: %s", error)
                 return
-            await asyncio.sleep(FEED_INTERVAL_S)
 
     async def aclose(self) -> None:
-        if self._sending is not None:
-            await asyncio.wait([self._sending], timeout=1)
-            self._sending.cancel()
+        """Sends the hints that were still resting."""
+        self._due |= self._again
+        self._again.clear()
+        if self._sending is None or self._sending.done():
+            self._sending = asyncio.get_running_loop().create_task(self._send())
+        await asyncio.wait([self._sending], timeout=1)
+        self._sending.cancel()

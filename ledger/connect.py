@@ -94,8 +94,10 @@ def pool(url: str, settings: Settings) -> ConnectionPool:
     options = _connection_options(settings, url)
     options["maint_notifications_config"] = MaintNotificationsConfig(enabled=False)
     try:
-        return ConnectionPool.from_url(url, **options)
-    except (ValueError, redis_errors.RedisError) as error:
+        made = ConnectionPool.from_url(url, **options)
+        made.make_connection()  # type: ignore[no-untyped-call]  # an unknown option shows here
+        return made
+    except (TypeError, ValueError, redis_errors.RedisError) as error:
         raise errors.InvalidSetting(f"REDIS_URL: {error}", hint=_URL_HINT) from None
 
 

@@ -12,7 +12,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Annotated, Any, ClassVar, Final, Literal, NamedTuple
+from hashlib import sha256
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal, NamedTuple
 from uuid import uuid4
 
 import orjson
@@ -202,8 +203,26 @@ class Correlation(_Part):
 Names = Annotated[tuple[Name, ...], Field(max_length=_LIST_LIMIT)]
 
 
+class EncodedEvent(NamedTuple):
+    """An event as it is sent: `data` is what is stored, for ever, byte for byte."""
+
+    type: str
+    id: str
+    data: bytes
+    sha256: bytes
+    at_ms: int | None
+
+
 class Event(_Part):
-    """What every event has. `at` is the engine's time; None means the ledger's own."""
+    """What every event has. `at` is the engine's time; None means the ledger's own.
+
+    An event is encoded when it is built, so what is wrong with it is said there; a copy with other
+    fields is encoded anew.
+    """
+
+    __slots__ = ("_encoded",)
+    if TYPE_CHECKING:
+        _encoded: EncodedEvent
 
     SCHEMA_VERSION: ClassVar[int] = 1
     """Of every model here; a model that must change what a field means gets a number of its own."""
@@ -220,6 +239,8 @@ class Event(_Part):
             super().__init__(**_expand(fields))
         except ValidationError as error:
             raise _from_validation(error) from None
+        if type(self) in _RECORDABLE:
+            encode(self)
 
     # Validation from JSON does not come by __init__; this keeps it as fast as it is without one.
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
@@ -409,30 +430,31 @@ _ANY_EVENT: TypeAdapter[Event] = TypeAdapter(AnyEvent)
 _RECORDABLE: Final = frozenset(Event.__subclasses__())
 
 
-class EncodedEvent(NamedTuple):
-    """An event as it is sent: `data` is what is stored, for ever, byte for byte."""
-
-    type: str
-    id: str
-    data: bytes
-    at_ms: int | None
-
-
 def encode(event: Event) -> EncodedEvent:
-    """The event's canonical bytes: sorted-key JSON of the fields that were set.
+    """The event's canonical bytes: sorted-key JSON of the fields that were set; made once.
 
     Raises:
         InvalidEvent: it is no event of this module, is over 32 KiB, or holds what JSON cannot (an
             integer of over 64 bits).
     """
+    try:
+        return event._encoded  # noqa: SLF001 - its slot is for this function
+    except AttributeError:
+        encoded = _encode(event)
+        object.__setattr__(event, "_encoded", encoded)
+        return encoded
+
+
+def _encode(event: Event) -> EncodedEvent:
     if type(event) not in _RECORDABLE:
         reason = f"{type(event).__name__} is no event that can be recorded"
         raise _invalid(None, [("", reason)])
     fields = event.__pydantic_serializer__.to_python(event, exclude_unset=True)
     fields["type"] = event.type
     fields["id"] = event.id
-    if event.at is not None:
-        fields["at"] = event.at
+    fields["at"] = event.at
+    if event.at is None:
+        del fields["at"]
     try:
         data = orjson.dumps(fields, option=_ENCODING)
     except (orjson.JSONEncodeError, RecursionError) as error:
@@ -440,7 +462,7 @@ def encode(event: Event) -> EncodedEvent:
     if len(data) > EVENT_BYTES_LIMIT:
         raise _too_large(event.id, fields, len(data))
     at_ms = None if event.at is None else int(event.at.timestamp() * 1000)
-    return EncodedEvent(event.type, event.id, data, at_ms)
+    return EncodedEvent(event.type, event.id, data, sha256(data).digest(), at_ms)
 
 
 def _too_large(event_id: str, fields: Mapping[str, Any], size: int) -> InvalidEvent:
@@ -466,7 +488,10 @@ def event_from_json(line: bytes | str) -> Event:
     if "id" not in given:
         reason = "is required, so that the same line can be sent again safely"
         raise _invalid(None, [("id", reason)])
-    return event if "at" in given else event.model_copy(update={"at": None})
+    if "at" not in given:
+        event = event.model_copy(update={"at": None})
+    encode(event)
+    return event
 
 
 def parse_stored(data: bytes) -> Event | dict[str, Any]:

@@ -44,7 +44,8 @@ def translate(error: BaseException, address: str) -> errors.LedgerError:
         return errors.ServerError(f"{address}: {text}", hint=None)
     return errors.ServerUnreachable(
         f"{address}: cannot be reached: {text}",
-        hint="is the server up, and is REDIS_URL right (rediss:// for TLS)? "
+        hint="is the server up, and is REDIS_URL right (rediss:// for a TLS port, redis:// for a "
+        "plain one)? "
         "What was in flight may be recorded; sending it again with the same id is safe",
     )
 
@@ -69,7 +70,8 @@ _BY_REPLY: Final[list[tuple[_Kinds, tuple[str, ...], type[errors.LedgerError], s
     ),
     (
         (redis_errors.NoPermissionError,),
-        ("NOPERM", "ERR ACL failure", "ACL failure"),
+        # The last one is Redis 7.0's, for a command inside a function.
+        ("NOPERM", "ERR ACL failure", "ACL failure", "The user executing the script"),
         errors.PermissionDenied,
         "the server's ACL denies this user",
         "grant the command and key named here; README, Access control, has the recipes",

@@ -177,7 +177,8 @@ class Server:
             self._pool = _Pool(primary)
         else:
             self._pool = _Pool(pool(url, self.settings))
-        if scheme in ("redis", "rediss") and await self._is_cluster():
+        # Asked whatever the scheme: who cannot get in is to learn it here.
+        if await self._is_cluster() and scheme in ("redis", "rediss"):
             await self._pool.aclose()
             self._pool = None
             self._cluster = cluster_client(url, self.settings)
@@ -193,10 +194,11 @@ class Server:
     async def _cluster_topology(self) -> None:
         assert self._cluster is not None
         try:
-            if self._cluster._initialize:  # noqa: SLF001 - its first initialize() has no other test
-                await self._cluster.initialize()
-            else:
-                await self._cluster.nodes_manager.initialize()
+            async with asyncio.timeout(REPLY_TIMEOUT_S):
+                if self._cluster._initialize:  # noqa: SLF001 - the first time has no other test
+                    await self._cluster.initialize()
+                else:
+                    await self._cluster.nodes_manager.initialize()
         except (redis_errors.RedisError, OSError) as error:
             raise translate(error, self.address) from error
 
@@ -296,7 +298,8 @@ class Server:
         self, node: _Node, packed: list[bytes], replies: int, timeout_s: float
     ) -> list[Reply]:
         try:
-            async with self._connection(node) as connection, asyncio.timeout(timeout_s):
+            # The handshake of a new connection counts too: a hung server accepts, and says nothing.
+            async with asyncio.timeout(timeout_s), self._connection(node) as connection:
                 await connection.send_packed_command(packed, check_health=False)
                 return [await _reply(connection) for _ in range(replies)]
         except (redis_errors.RedisError, OSError) as error:
@@ -339,6 +342,7 @@ class Server:
             if self.embedded:
                 await asyncio.to_thread(self.embedded.ensure_running)
             if self._cluster:
+                await _drop_idle(self._cluster)
                 await self._cluster_topology()
         except errors.Unavailable as error:
             _log.debug("not back yet: %s", error)
@@ -357,10 +361,7 @@ class Server:
 
     async def _load_on(self, key: str, source: bytes) -> None:
         for _ in range(3):  # another client may load meanwhile; then look again
-            try:
-                version = await self.library_version(key)
-            except errors.PermissionDenied as error:  # an engine's user has no FCALL_RO
-                raise function_missing(self.address) from error
+            version = await self.library_version(key)
             if version is not None and version >= LIBRARY_VERSION:
                 return
             replace = ["REPLACE"] if version is not None else []
@@ -376,7 +377,8 @@ class Server:
 
     async def library_version(self, key: str = "") -> int | None:
         """The version of the function library on the node of `key`; None = it has none."""
-        (reply,) = await self.exchange(key, [pack("FCALL_RO", "govledger_version", 0)], 1)
+        # FCALL, not FCALL_RO: who appends has the right to that.
+        (reply,) = await self.exchange(key, [pack("FCALL", "govledger_version", 0)], 1)
         if isinstance(reply, Exception):
             if "Function not found" in str(reply):
                 return None
@@ -476,6 +478,15 @@ class Server:
         flat = [part for pair in fields.items() for part in pair]
         await self.command(where, "HSET", where, *flat)
         await self.command(where, "EXPIRE", where, keys.ATTESTATION_TTL_SECONDS)
+
+
+async def _drop_idle(cluster: RedisCluster) -> None:
+    """Where one idle connection is stale so are others, and redis-py hands out the oldest first:
+    each would cost an attempt.
+    """
+    for node in cluster.get_nodes():
+        for connection in tuple(node._free):  # noqa: SLF001 - the public way waits, and races with use
+            await connection.disconnect(nowait=True)
 
 
 async def _reply(connection: AbstractConnection) -> Reply:

@@ -10,24 +10,17 @@ Entities: `state`, and `decision:<decision_id>` for each decision that had a fol
 - A dimension keeps the first 256 names whose JSON is at most 128 bytes. What comes to any other
   name counts as `other`, as does a name that is spelt so; `overflow` says how often, and where.
 - Time is the events' own `at`. No clock: whether something is overdue or expired is for readers.
-- An event is read whole before anything is changed (`READ`), and counting it cannot fail.
+- An event is read whole before anything is changed, and counting it cannot fail.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-from projections import governance_follow_ups as follow_ups
-from projections import governance_lifecycle as lifecycle
 from projections.governance_decision import DECISION, fold_decision
-from projections.governance_state import (
-    MALFORMED,
-    State,
-    count_name,
-    malformed,
-    new_state,
-    text,
-)
+from projections.governance_follow_ups import DECISION_PREFIX, FOLLOW_UPS, fold_follow_up
+from projections.governance_lifecycle import LIFECYCLE, fold_lifecycle
+from projections.governance_state import MALFORMED, State, count_name, malformed, new_state
 from projections.governance_view import view
 from projections.projection import Entities, Subject
 
@@ -48,16 +41,18 @@ class Governance:
 
     def subject_id(self, entry: Entry) -> str | None:
         """The id of the decision that a follow-up names."""
-        return _followed_id(entry)
+        names = self.names(entry)
+        return names[1].removeprefix(DECISION_PREFIX) if len(names) == 2 else None
 
     def names(self, entry: Entry) -> tuple[str, ...]:
         """`state`, and for a follow-up its decision's entity."""
-        decision_id = _followed_id(entry)
-        return (
-            _STATE_ONLY
-            if decision_id is None
-            else (_STATE, follow_ups.DECISION_PREFIX + decision_id)
-        )
+        try:
+            event = entry.event
+            if event["type"] in FOLLOW_UPS:
+                return _STATE, DECISION_PREFIX + event["decision_id"]
+        except MALFORMED:
+            pass  # `apply` says what is wrong with it
+        return _STATE_ONLY
 
     def apply(self, entities: Entities, entry: Entry, subject: Subject | None) -> None:
         """Folds the entry.
@@ -65,23 +60,20 @@ class Governance:
         Raises:
             Unfoldable: the event is malformed, or its `at` lies ahead of the ledger's time.
         """
-        state = entities.get(_STATE)
-        if state is None:
-            state = new_state()
-        kind = None
+        state = entities.get(_STATE) or new_state()
         try:
             event = entry.event
             kind = event["type"]
-            if kind.__class__ is not str:
+            if type(kind) is not str:
                 raise TypeError
         except MALFORMED as error:
-            raise malformed(kind, error) from None
+            raise malformed("type", error) from None
         if kind == DECISION:
             fold_decision(state, entry, event)
-        elif kind in follow_ups.READ:
-            follow_ups.fold_follow_up(state, entities, entry, event, subject)
-        elif kind in lifecycle.READ:
-            lifecycle.fold_lifecycle(state, entry, event)
+        elif kind in FOLLOW_UPS:
+            fold_follow_up(state, entities, entry, event, subject)
+        elif kind in LIFECYCLE:
+            fold_lifecycle(state, entry, event)
         else:
             count_name(state, "unknown_types", kind)
         state["events"] += 1
@@ -89,21 +81,10 @@ class Governance:
 
     def quarantined(self, entities: Entities, entry: Entry) -> None:  # noqa: ARG002 - the protocol
         """Counts an entry that was refused."""
-        state = entities.get(_STATE)
-        if state is None:
-            state = entities[_STATE] = new_state()
-        state["quarantined"] += 1
+        if _STATE not in entities:
+            entities[_STATE] = new_state()
+        entities[_STATE]["quarantined"] += 1
 
     def view(self, state: State) -> dict[str, Any]:
         """What is published: less than 256 KiB of JSON; `governance_view` says what is in it."""
         return view(state)
-
-
-def _followed_id(entry: Entry) -> str | None:
-    try:
-        event = entry.event
-        if event["type"] in follow_ups.READ:
-            return text(event, "decision_id")
-    except MALFORMED:
-        pass  # `apply` says what is wrong with it
-    return None

@@ -1,6 +1,6 @@
 """What follows a decision: votes, resolutions, overrides, outcomes, feedback.
 
-Each touches `state` and the decision's own entity, which holds only what follow-ups added: `outcome`
+Each touches `state` and the decision's own entity. That holds only what follow-ups added: `outcome`
 (the latest), `votes` by reviewer, `resolution`, `overrides` (how many), `effective_verdict` (where
 it is not the engine's own any more), `feedback` (by reviewer, a column of the matrix).
 
@@ -20,7 +20,7 @@ it is not the engine's own any more), `feedback` (by reviewer, a column of the m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
 import orjson
@@ -31,6 +31,7 @@ from projections.governance_state import (
     FUTURE_LIMIT_MS,
     MALFORMED,
     NAMES_LIMIT,
+    OTHER,
     OUTCOMES,
     OVERRIDDEN,
     PRECEDENTS_LIMIT,
@@ -57,7 +58,7 @@ from projections.windows import KNOWN_MOMENTS, moment, slots
 if TYPE_CHECKING:
     from ledger.stream import Entry
 
-__all__ = ["DECISION_PREFIX", "READ", "fold_follow_up"]
+__all__ = ["DECISION_PREFIX", "FOLLOW_UPS", "fold_follow_up"]
 
 DECISION_PREFIX: Final = "decision:"
 
@@ -78,7 +79,7 @@ _BY_CORRECT: Final[dict[str | None, _Columns]] = {
 _FEEDBACK_COLUMNS: Final[dict[str, dict[str | None, _Columns]]] = {
     "positive": {None: _RIGHT, **_BY_CORRECT},
     "negative": {None: _WRONG, **_BY_CORRECT},
-    "neutral": {verdict: (_NEUTRAL, _NEUTRAL) for verdict in (None, *VERDICTS)},
+    "neutral": dict.fromkeys((None, *VERDICTS), (_NEUTRAL, _NEUTRAL)),
     "correction": _BY_CORRECT,
 }
 """By the word and the verdict that is said to be correct, which a correction must name."""
@@ -97,9 +98,10 @@ def fold_follow_up(
         Unfoldable: it is malformed, or its `at` lies ahead of the ledger's time.
     """
     kind = event["type"]
+    read, count = FOLLOW_UPS[kind]
     try:
         name = DECISION_PREFIX + event["decision_id"]
-        body = READ[kind](event)
+        body = read(event)
         at = KNOWN_MOMENTS.get(event.get("at", "")) or moment_of(entry, event)
     except MALFORMED as error:
         raise malformed(kind, error) from None
@@ -113,7 +115,7 @@ def fold_follow_up(
     if decision is None or subject is None:
         state["orphans"][kind] += 1
         return
-    _COUNT[kind](state, entry, subject, decision, body)
+    count(state, entry, subject, decision, body)
     if decision:
         entities[name] = decision
 
@@ -133,18 +135,16 @@ def _was_folded(state: State, entry: Entry, subject: Subject) -> bool:
         return False
 
 
-def _policy_names(state: State, subject: Subject) -> Sequence[str]:
+def _policy_names(state: State, subject: Subject) -> list[str]:
     """The names under which the decision's policies count, each once."""
-    policies = subject.event.get("policies") or ()
-    names = [shown_name(state, "policies", one["id"] + "@" + one["version"]) for one in policies]
-    return names if len(names) < 2 else tuple(dict.fromkeys(names))
-
-
-def _has_room(state: State, by_reviewer: dict[str, Any], key: str) -> bool:
-    if len(by_reviewer) < NAMES_LIMIT or key in by_reviewer:
-        return True
-    note_overflow(state, "reviewers_of_a_decision")
-    return False
+    names: list[str] = []
+    known = state["policies"]
+    for policy in subject.event.get("policies") or ():
+        key = policy["id"] + "@" + policy["version"]
+        name = key if key in known else OTHER
+        if name not in names:
+            names.append(name)
+    return names
 
 
 # -- votes and resolutions ------------------------------------------------------------------------
@@ -179,8 +179,10 @@ def _count_vote(
         return
     state["votes"]["approve" if approve else "reject"] += 1
     votes, key = decision.setdefault("votes", {}), clipped(reviewer)
-    if _has_room(state, votes, key):
+    if len(votes) < NAMES_LIMIT or key in votes:
         votes[key] = approve
+    else:
+        note_overflow(state, "reviewers_of_a_decision")
     listed = state["pending"].get(subject.event["id"])
     if listed is not None:
         listed["approvals"] = sum(votes.values())
@@ -271,7 +273,7 @@ def _count_override(
 
 
 def _count_overridden(
-    state: State, entry: Entry, subject: Subject, policy_names: Sequence[str]
+    state: State, entry: Entry, subject: Subject, policy_names: list[str]
 ) -> None:
     """A decision is overridden once, in the buckets of its first override."""
     event, newest_ms, rings = subject.event, state["newest_ms"], state["policy_windows"]
@@ -315,35 +317,36 @@ def _count_feedback(
     reviewer, columns = body
     state["feedback_events"] += 1
     given, key = decision.setdefault("feedback", {}), clipped(reviewer)
-    if not _has_room(state, given, key):
+    before, first = given.get(key), not given
+    if before is None and len(given) >= NAMES_LIMIT:
+        note_overflow(state, "reviewers_of_a_decision")
         return
-    first, before = not given, given.get(key)
     after = columns[subject.event["verdict"] in _INTERVENTIONS]
     given[key] = after
+    _count_in_matrix(state["feedback"], before, after, first=first)
     by_policy = state["feedback_policies"]
-    matrices = [state["feedback"]]
-    matrices += [
-        by_policy.setdefault(name, [0] * len(FEEDBACK)) for name in _policy_names(state, subject)
-    ]
-    for matrix in matrices:
-        if before is not None:
-            matrix[before] -= 1
-        matrix[after] += 1
-        if first:
-            matrix[WITH_FEEDBACK] += 1
+    for name in _policy_names(state, subject):
+        if name not in by_policy:
+            by_policy[name] = [0] * len(FEEDBACK)
+        _count_in_matrix(by_policy[name], before, after, first=first)
 
 
-READ: Final[dict[str, Callable[[dict[str, Any]], Body]]] = {
-    "escalation.voted": _read_vote,
-    "escalation.resolved": _read_resolution,
-    "decision.overridden": _read_override,
-    "outcome.reported": _read_outcome,
-    "feedback.recorded": _read_feedback,
+def _count_in_matrix(matrix: list[int], before: int | None, after: int, *, first: bool) -> None:
+    if before is not None:
+        matrix[before] -= 1
+    matrix[after] += 1
+    if first:
+        matrix[WITH_FEEDBACK] += 1
+
+
+_Reader = Callable[[dict[str, Any]], Body]
+_Counter = Callable[[State, "Entry", Subject, dict[str, Any], Body], None]
+
+FOLLOW_UPS: Final[dict[str, tuple[_Reader, _Counter]]] = {
+    "escalation.voted": (_read_vote, _count_vote),
+    "escalation.resolved": (_read_resolution, _count_resolution),
+    "decision.overridden": (_read_override, _count_override),
+    "outcome.reported": (_read_outcome, _count_outcome),
+    "feedback.recorded": (_read_feedback, _count_feedback),
 }
-_COUNT: Final[dict[str, Callable[[State, Entry, Subject, dict[str, Any], Body], None]]] = {
-    "escalation.voted": _count_vote,
-    "escalation.resolved": _count_resolution,
-    "decision.overridden": _count_override,
-    "outcome.reported": _count_outcome,
-    "feedback.recorded": _count_feedback,
-}
+"""By event type: what reads the body, and what counts it."""

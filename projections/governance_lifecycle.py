@@ -28,7 +28,7 @@ from projections.windows import HOUR_SLOTS, Moment, moment, new_ring
 if TYPE_CHECKING:
     from ledger.stream import Entry
 
-__all__ = ["READ", "fold_lifecycle"]
+__all__ = ["LIFECYCLE", "fold_lifecycle"]
 
 Body = tuple[Any, ...]
 _MODES: Final = ("strict", "adaptive", "evolving", "degraded")
@@ -41,13 +41,14 @@ def fold_lifecycle(state: State, entry: Entry, event: dict[str, Any]) -> None:
         Unfoldable: it is malformed, or its `at` lies ahead of the ledger's time.
     """
     kind = event["type"]
+    read, note = LIFECYCLE[kind]
     try:
-        body = READ[kind](event)
+        body = read(event)
         at = moment_of(entry, event)
     except MALFORMED as error:
         raise malformed(kind, error) from None
     advance(state, entry, at)
-    _NOTE[kind](state, entry, at, body)
+    note(state, entry, at, body)
 
 
 def _number(event: dict[str, Any], field: str) -> float:
@@ -234,26 +235,18 @@ def _adjust_trust(state: State, _entry: Entry, _at: Moment, _body: Body) -> None
     state["trust_adjustments"] += 1
 
 
-READ: Final[dict[str, Callable[[dict[str, Any]], Body]]] = {
-    "policy.activated": _read_policy,
-    "policy.deactivated": _read_policy,
-    "constitution.activated": _read_constitution,
-    "threshold.changed": _read_threshold,
-    "mode.changed": _read_mode,
-    "waiver.granted": _read_waiver,
-    "waiver.revoked": _read_waiver_id,
-    "agent.role_assigned": _read_role,
-    "agent.trust_adjusted": _read_trust,
-}
+_Reader = Callable[[dict[str, Any]], Body]
+_Noter = Callable[[State, "Entry", Moment, Body], None]
 
-_NOTE: Final[dict[str, Callable[[State, Entry, Moment, Body], None]]] = {
-    "policy.activated": _activate_policy,
-    "policy.deactivated": _deactivate_policy,
-    "constitution.activated": _activate_constitution,
-    "threshold.changed": _change_threshold,
-    "mode.changed": _change_mode,
-    "waiver.granted": _grant_waiver,
-    "waiver.revoked": _revoke_waiver,
-    "agent.role_assigned": _assign_role,
-    "agent.trust_adjusted": _adjust_trust,
+LIFECYCLE: Final[dict[str, tuple[_Reader, _Noter]]] = {
+    "policy.activated": (_read_policy, _activate_policy),
+    "policy.deactivated": (_read_policy, _deactivate_policy),
+    "constitution.activated": (_read_constitution, _activate_constitution),
+    "threshold.changed": (_read_threshold, _change_threshold),
+    "mode.changed": (_read_mode, _change_mode),
+    "waiver.granted": (_read_waiver, _grant_waiver),
+    "waiver.revoked": (_read_waiver_id, _revoke_waiver),
+    "agent.role_assigned": (_read_role, _assign_role),
+    "agent.trust_adjusted": (_read_trust, _adjust_trust),
 }
+"""By event type: what reads the body, and what notes it."""

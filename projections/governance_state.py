@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CONFLICTS",
     "FEEDBACK",
-    "FOLLOW_UPS",
+    "FOLLOW_UP_TYPES",
     "FUTURE_LIMIT_MS",
     "HISTORY_LIMIT",
     "IMPACT_LEVELS",
@@ -85,7 +85,7 @@ IMPACT_LEVELS: Final = ("negligible", "low", "medium", "high", "critical", "unse
 RESOLUTIONS: Final = ("approved", "rejected", "expired", "cancelled")
 OUTCOMES: Final = ("succeeded", "failed", "blocked", "cancelled", "timed_out")
 VOTES: Final = ("approve", "reject", "advisory", "own_action")
-FOLLOW_UPS: Final = (
+FOLLOW_UP_TYPES: Final = (
     "escalation.voted",
     "escalation.resolved",
     "decision.overridden",
@@ -167,7 +167,7 @@ def new_state() -> State:
         "outcomes": dict.fromkeys(OUTCOMES, 0),
         "roles_assigned": 0,
         "trust_adjustments": 0,
-        "orphans": dict.fromkeys(FOLLOW_UPS, 0),
+        "orphans": dict.fromkeys(FOLLOW_UP_TYPES, 0),
         "conflicts": dict.fromkeys(CONFLICTS, 0),
         "unknown_types": {},
         "quarantined": 0,
@@ -202,7 +202,7 @@ def optional_text(event: dict[str, Any], field: str) -> str | None:
 
 def one_of(event: dict[str, Any], field: str, allowed: tuple[str, ...]) -> str:
     """A required word of a closed vocabulary: an unknown one must not be counted as another."""
-    value = text(event, field)
+    value: str = event[field]
     if value not in allowed:
         raise KeyError(value)
     return value
@@ -211,7 +211,7 @@ def one_of(event: dict[str, Any], field: str, allowed: tuple[str, ...]) -> str:
 def malformed(kind: object, error: Exception) -> Unfoldable:
     """What is raised for an error that reading a body met."""
     if isinstance(error, KeyError):
-        return Unfoldable(f"{kind}: missing or unknown: {error.args[0]!r}")
+        return Unfoldable(f"{kind}: missing or unknown: {error.args[0]!a:.80}")
     if isinstance(error, ValueError):
         return Unfoldable("the entry's data is not JSON")
     return Unfoldable(f"{kind}: a field is of the wrong JSON type or out of range")
@@ -220,17 +220,20 @@ def malformed(kind: object, error: Exception) -> Unfoldable:
 # -- bounded names --------------------------------------------------------------------------------
 
 
+_SURELY_FITS: Final = NAME_BYTES_LIMIT // 6
+"""Characters: JSON needs at most six bytes for one."""
+
+
 def fits(name: str) -> bool:
     """Whether the name is at most 128 bytes as JSON writes it, escapes counted."""
-    length = len(name)
-    if length > NAME_BYTES_LIMIT:
+    if len(name) > NAME_BYTES_LIMIT:
         return False
-    return length * 6 <= NAME_BYTES_LIMIT or len(orjson.dumps(name)) - 2 <= NAME_BYTES_LIMIT
+    return len(name) <= _SURELY_FITS or len(orjson.dumps(name)) - 2 <= NAME_BYTES_LIMIT
 
 
 def clipped(name: str) -> str:
     """The name for a list or a key: one that does not fit is cut, and its digest tells it apart."""
-    if fits(name):
+    if len(name) <= _SURELY_FITS or fits(name):
         return name
     digest = hashlib.sha256(name.encode()).hexdigest()[:16]
     return f"{name[:16]}…{digest}"

@@ -1,8 +1,8 @@
 """What is published of the governance state, in names that a reader of the JSON understands.
 
 A rate is `{"rate", "numerator", "denominator"}`; `rate` is null where the denominator is 0. Times
-are RFC 3339 in UTC; `at` is the event's own, `recorded_at` the ledger's. Windows end with the bucket
-of the newest time seen; `windows.buckets` lets a reader that has a clock sum them up to now.
+are RFC 3339 in UTC; `at` is the event's own, `recorded_at` the ledger's. Windows end with the
+bucket of the newest time seen; from `windows.buckets` a reader with a clock can sum up to now.
 
 The JSON stays below 256 KiB: names and lists that would not fit are left out, those that count most
 first kept, and `bounds.names_shown` says how many names a dimension shows at most.

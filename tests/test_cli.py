@@ -382,7 +382,7 @@ def test_replay_json_has_the_stored_bytes(shipped):
     with shipped.server.client() as client:
         stored = client.execute_command("XRANGE", keys.decisions(shipped.tenant), "-", "+")
     for line, (entry_id, fields) in zip(lines, stored, strict=True):
-        assert line.endswith(f',"event":{fields[-1].decode()}}}')
+        assert line.endswith(f',"event":{fields[b"data"].decode()}}}')
         shown = json.loads(line)
         assert list(shown) == ["tenant", "seq", "entry_id", "recorded_at", "type", "id", "event"]
         assert shown["entry_id"] == entry_id.decode()

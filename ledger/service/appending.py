@@ -17,7 +17,7 @@ import orjson
 
 from ledger import errors
 from ledger.append import BATCH_EVENTS_LIMIT, Durability, Receipt
-from ledger.events import Event, encode
+from ledger.events import EncodedEvent, Event, encode
 from ledger.ledger import Ledger
 from ledger.service.jsonl import KEPT_BYTES, Line, LineSplitter, Source, event_of
 from ledger.service.terminal import progress
@@ -159,7 +159,7 @@ class _Check:
         self._bad = Rejects(source)
         self._kept: list[_Item] | None = []
         self._kept_bytes = 0
-        self._seen: dict[tuple[str, str], tuple[int, int]] = {}
+        self._seen: dict[tuple[str, str], tuple[int, bytes]] = {}
         self._clock_ahead_ms = 0.0
 
     async def every_line(self, advance: Callable[[int], None]) -> None:
@@ -180,14 +180,14 @@ class _Check:
         for line in lines:
             try:
                 tenant, event = event_of(line, self._tenant)
-                _, event_id, data, at_ms = encode(event)
+                encoded = encode(event)
                 now_ms = time.time() * 1000 + self._clock_ahead_ms
-                if at_ms is not None and at_ms > now_ms + AHEAD_LIMIT_MS:
-                    await self._refuse_future(tenant, at_ms, now_ms)
+                if encoded.at_ms is not None and encoded.at_ms > now_ms + AHEAD_LIMIT_MS:
+                    await self._refuse_future(tenant, encoded.at_ms, now_ms)
                 self.count += 1
                 if self._kept is not None:
                     self._keep(_Item(line.number, b"", line.size, tenant, event))
-                    self._refuse_other_content(tenant, event_id, line.number, hash(data))
+                    self._refuse_other_content(tenant, encoded, line.number)
             except errors.InvalidInput as error:
                 self._bad.add(line.number, line.raw, error)
 
@@ -210,12 +210,12 @@ class _Check:
             self._kept = None
             self._seen.clear()
 
-    def _refuse_other_content(self, tenant: str, event_id: str, number: int, digest: int) -> None:
+    def _refuse_other_content(self, tenant: str, event: EncodedEvent, number: int) -> None:
         """Only among what is kept; the ledger finds the rest when it comes to record it."""
-        first, known = self._seen.setdefault((tenant, event_id), (number, digest))
-        if known != digest:
+        first, data = self._seen.setdefault((tenant, event.id), (number, event.data))
+        if data != event.data:
             raise errors.InvalidEvent(
-                f"id: {event_id} is on line {first} too, with other content",
+                f"id: {event.id} is on line {first} too, with other content",
                 hint="a new event needs a new id",
             )
 
@@ -281,7 +281,6 @@ async def _put_good(
     for line in lines:
         try:
             whose, event = event_of(line, tenant)
-            encode(event)  # what is too large would be found only with the whole group
         except errors.InvalidInput as error:
             rejects.add(line.number, line.raw, error)
         else:

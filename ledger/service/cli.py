@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn
 import orjson
 import typer
 
-from ledger import Entry, Head, Ledger, __version__, errors, keys, load_settings
-from ledger.events import event_types
+from ledger import __version__, errors
 from ledger.service import terminal
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
+    from ledger import Entry, Head, Ledger
     from ledger.service.appending import Landed
     from ledger.service.jsonl import Source
 
@@ -114,6 +114,8 @@ def _example(*lines: str) -> str:
 
 
 def _connect(url: str | None, durability: str | None = None) -> AbstractAsyncContextManager[Ledger]:
+    from ledger import Ledger, load_settings
+
     settings = load_settings(redis_url=url)
     password = settings.redis_password
     terminal.hide_secrets(settings.redis_url, password.get_secret_value() if password else None)
@@ -232,12 +234,13 @@ def append(
 
     Each has a `type` and an `id`. Every line is checked before anything is written; a conflict with
     what is recorded is found later and stops there, saying what had landed. So the input is read
-    twice: standard input is copied to memory, and beyond 16 MiB to an unnamed temporary file.
+    twice: standard input is copied to memory, and beyond 8 MiB to an unnamed temporary file.
     Running the same file again adds nothing: what is recorded already is counted as a duplicate.
 
     A line may have a `tenant`; it must then be TENANT. Prints for each tenant the count of events,
     the duplicates among them, the first and last seq, and the least durability reached.
     """
+    from ledger import keys
     from ledger.service.jsonl import Source
 
     tenant, file = (None, first) if tenant_from_event else (first, second)
@@ -426,6 +429,8 @@ async def _print_entries(
 
 
 def _warn_of_unknown(types: list[str] | None) -> None:
+    from ledger.events import event_types
+
     known = event_types()
     for name in types or ():
         if name not in known:  # a newer release may have recorded it

@@ -24,8 +24,8 @@ __all__ = ["KEPT_BYTES", "LINE_BYTES_LIMIT", "Line", "LineSplitter", "Source", "
 LINE_BYTES_LIMIT: Final = 8 * EVENT_BYTES_LIMIT
 """White space and escapes (six bytes a character) make a line longer than its event."""
 
-KEPT_BYTES: Final = 16 * 1024 * 1024
-"""Up to this much input is kept in memory, as bytes and as events (about seven times as much)."""
+KEPT_BYTES: Final = 8 * 1024 * 1024
+"""Up to this much input is kept in memory as events, which take about ten times as much."""
 
 _CHUNK_BYTES: Final = 256 * 1024
 _SHOWN_BYTES: Final = 1000
@@ -183,7 +183,8 @@ async def _readable(fd: int) -> None:
 
 
 def _unreadable(name: str, error: OSError) -> errors.InvalidInput:
-    return errors.InvalidInput(f"{name}: {error.strerror or error}", hint="is the path right?")
+    hint = "is the path right?" if isinstance(error, FileNotFoundError) else None
+    return errors.InvalidInput(f"{name}: {error.strerror or error}", hint=hint)
 
 
 # -- one line ----------------------------------------------------------------------------------

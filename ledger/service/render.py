@@ -79,12 +79,8 @@ def entry_json(entry: Entry) -> bytes:
 def entry_text(entry: Entry) -> str:
     """The entry as one line for people."""
     event = entry.event
-    parts = [
-        _brief(name, event[name])
-        for name in _SUMMARY_FIELDS
-        if event.get(name) is not None
-        and not (name == "constitutional_hash" and "verdict" in event)
-    ]
+    names = _DECISION_FIELDS if "verdict" in event else _OTHER_FIELDS
+    parts = [_brief(name, event[name]) for name in names if event.get(name) is not None]
     head = f"{entry.seq:>8}  {time_text(entry.recorded_ms)}  {entry.type:<22}  {entry.id}"
     return printable(f"{head}  {' '.join(parts)}".rstrip())
 
