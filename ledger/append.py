@@ -296,7 +296,8 @@ class _Lane:
             raise self._whole_refusal(replies[0])
         settings = None
         if stale:
-            settings = await self._server.take_settings(self._on[0], replies[-3:])
+            read = replies[-len(self._server.SETTINGS_COMMANDS) :]
+            settings = await self._server.take_settings(self._on[0], read)
         replicas = None
         if wanted is Durability.REPLICATED:
             replicas = int(self._server.checked(replies[1]))
@@ -448,6 +449,9 @@ def _not_fsynced(address: str, settings: NodeSettings) -> errors.UnsafeServer:
     elif settings.appendfsync != "always":
         found = f"appendfsync is {settings.appendfsync}"
         remedy = "CONFIG SET appendfsync always"
+    elif settings.aof_begins:
+        found = "its append-only file may still be in the making, and a crash would lose all of it"
+        remedy = "wait until INFO persistence says aof_rewrite_in_progress:0"
     else:
         found = "no-appendfsync-on-rewrite is yes, which skips fsync during rewrites"
         remedy = "CONFIG SET no-appendfsync-on-rewrite no"

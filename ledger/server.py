@@ -71,6 +71,8 @@ class NodeSettings:
     appendfsync: str | None = None
     no_fsync_on_rewrite: str | None = None
     maxmemory_policy: str | None = None
+    aof_begins: bool = False
+    """The append-only file is still being made: until then a crash loses what was fsynced."""
     run_id: str | None = None
     version: str | None = None
     read_at: float = field(default_factory=time.monotonic)
@@ -78,11 +80,8 @@ class NodeSettings:
     @property
     def fsyncs_every_ack(self) -> bool:
         """Whether an acknowledgement follows the fsync of what it acknowledges."""
-        return (self.appendonly, self.appendfsync, self.no_fsync_on_rewrite) == (
-            "yes",
-            "always",
-            "no",
-        )
+        set_to = (self.appendonly, self.appendfsync, self.no_fsync_on_rewrite)
+        return set_to == ("yes", "always", "no") and not self.aof_begins
 
     @property
     def evicts_ledger_keys(self) -> bool:
@@ -404,8 +403,7 @@ class Server:
 
     SETTINGS_COMMANDS: Final = (
         pack("CONFIG", "GET", "append*", "maxmemory-policy", "no-appendfsync-on-rewrite"),
-        pack("INFO", "server"),
-        pack("INFO", "memory"),
+        pack("INFO", "server", "memory", "persistence"),
     )
 
     def _node_name(self, key: str) -> str:
@@ -437,9 +435,8 @@ class Server:
 
     async def take_settings(self, key: str, replies: list[Reply]) -> NodeSettings:
         """Keeps what the replies to SETTINGS_COMMANDS say."""
-        config, server, memory = replies
-        info = {**_info(server), **_info(memory)}
-        seen = _config(config)
+        seen, info = _config(replies[0]), _info(replies[1])
+        before = self._node_settings.get(self._node_name(key))
         if not seen and info.get("run_id"):
             seen = await self._attested(info["run_id"])
         known = NodeSettings(
@@ -447,6 +444,7 @@ class Server:
             appendfsync=seen.get("appendfsync"),
             no_fsync_on_rewrite=seen.get("no-appendfsync-on-rewrite"),
             maxmemory_policy=seen.get("maxmemory-policy") or info.get("maxmemory_policy"),
+            aof_begins=_aof_begins(info, before),
             run_id=info.get("run_id"),
             version=info.get("valkey_version") or info.get("redis_version"),
         )
@@ -465,7 +463,7 @@ class Server:
         """Leaves what CONFIG says of the node of `key` for clients that may not read it."""
         self._node_settings.clear()
         seen = await self.node_settings(key)
-        if seen.run_id is None or seen.appendonly is None:
+        if seen.run_id is None or seen.appendonly is None or seen.aof_begins:
             return
         where = keys.attestation(seen.run_id)
         fields = {
@@ -507,6 +505,19 @@ def _info(reply: Reply) -> dict[str, str]:
         return {}
     lines = (line.partition(":") for line in _raw(reply).decode().splitlines())
     return {name: value for name, _, value in lines}
+
+
+def _aof_begins(info: dict[str, str], before: NodeSettings | None) -> bool:
+    """Whether the rewrite under way may be the one by which `CONFIG SET appendonly yes` begins.
+
+    No server tells it from any other rewrite, so: the first of its run, or one that was not under
+    way while the file was in use, as far as we have seen.
+    """
+    if info.get("aof_rewrite_in_progress", "0") == info.get("aof_rewrite_scheduled", "0") == "0":
+        return False
+    if before is not None and before.run_id == info.get("run_id"):
+        return before.aof_begins or before.appendonly == "no"
+    return info.get("aof_last_rewrite_time_sec") == "-1"
 
 
 def _config(reply: Reply) -> dict[str, str]:

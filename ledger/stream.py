@@ -291,6 +291,8 @@ async def _places(server: Server, tenant: str, event_ids: list[str]) -> list[tup
     own, indexed, values = (server.checked(reply) for reply in replies)
     if indexed < int(own or 0):
         raise behind(tenant, indexed, int(own))
+    if own is None:
+        await read_head(server, tenant)  # which tells a new tenant from a lost head
     places = []
     for event_id, value in zip(event_ids, values, strict=True):
         if value is not None:
@@ -358,6 +360,7 @@ class Walk:
         self._skip_to = 0
         self._ranges: list[tuple[tuple[int, int], tuple[int, int], Incident]] = []
         self._unregistered: str | None = None
+        self._broken: errors.LedgerError | None = None  # raised behind the entries before it
 
     @property
     def position(self) -> Position:
@@ -460,7 +463,7 @@ class Walk:
         """
         end = "+" if to_ms is None else f"{max(to_ms, 0)}-{2**64 - 1}"
         goal, ahead = self.head.seq, None
-        self._unregistered = None
+        self._unregistered = self._broken = None
         try:
             page = await self._fetch(self._cursor, end)
             while page.entries:
@@ -470,6 +473,8 @@ class Walk:
                 entries = await self._numbered(page)
                 if entries:
                     yield entries
+                if self._broken:
+                    raise self._broken
                 if ahead is None or self._unregistered:
                     break
                 page, ahead = await ahead, None
@@ -554,18 +559,23 @@ class Walk:
                 continue  # its ordinal is known only from the range's beginning
             if incident is not None and incident.kind == "recreated":
                 if self.seq < incident.seq:
-                    raise _missing(self.tenant, self.seq + 1, incident.seq)
+                    self._broken = _missing(self.tenant, self.seq + 1, incident.seq)
+                    break
                 continue
             seq = max(self.seq + 1, incident.seq) if incident else split_id(raw_id)[1]
-            if self._exact and seq <= self.seq:
-                raise self._rolled_back(page.head, f"seq {seq} is now entry {raw_id.decode()}")
             if self._exact and seq != self.seq + 1:
-                raise _missing(self.tenant, self.seq + 1, seq - 1)
+                self._broken = self._hole_before(seq, raw_id, page.head)
+                break
             foreign = incident is not None or len(fields) != _ENTRY_FIELDS
             self.seq, self._cursor, self._exact = seq, raw_id.decode(), True
             if seq > self._skip_to:
                 entries.append(Entry(self.tenant, seq, raw_id, fields, foreign=foreign))
         return entries
+
+    def _hole_before(self, seq: int, raw_id: bytes, head: Head) -> errors.LedgerError:
+        if seq > self.seq:
+            return _missing(self.tenant, self.seq + 1, seq - 1)
+        return self._rolled_back(head, f"seq {seq} is now entry {raw_id.decode()}")
 
     # -- foreign hands ------------------------------------------------------------------------
 

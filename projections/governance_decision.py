@@ -152,12 +152,12 @@ def fold_decision(state: State, entry: Entry, event: dict[str, Any]) -> None:  #
     live = newest_ms - ms < SURELY_LIVE_MS
     if live:
         slot = minutes[minute_place]
-        if slot[BUCKET] != minute:
-            claim(slot, minute)
+        if slot is None or slot[BUCKET] != minute:
+            slot = claim(minutes, minute_place, minute)
         cells.append(slot)
         slot = hours[hour_place]
-        if slot[BUCKET] != hour:
-            claim(slot, hour)
+        if slot is None or slot[BUCKET] != hour:
+            slot = claim(hours, hour_place, hour)
         cells.append(slot)
     else:
         cells += slots(minutes, hours, at, newest_ms)
@@ -168,8 +168,8 @@ def fold_decision(state: State, entry: Entry, event: dict[str, Any]) -> None:  #
             ring = windows.get(policy)
             if ring is not None:
                 slot = ring[hour_place]
-                if slot[BUCKET] != hour:
-                    claim(slot, hour)
+                if slot is None or slot[BUCKET] != hour:
+                    slot = claim(ring, hour_place, hour)
                 cells.append(slot)
         else:
             _add_policy_cells(state, (policy, *others), at, cells)

@@ -65,6 +65,8 @@ DECISION_PREFIX: Final = "decision:"
 Body = tuple[Any, ...]
 """What a reader took from an event, in the order in which its counter unpacks it."""
 
+_PRECEDENT_KEY_LIMIT: Final = 512
+"""Characters; what is longer is made of clipped parts."""
 _INTERVENTIONS: Final = ("deny", "escalate")
 _REVIEWER_KINDS: Final = ("human", "service", "advisory")
 _TP, _FP, _TN, _FN, _NEUTRAL = range(5)
@@ -223,15 +225,19 @@ def _set_effective(state: State, subject: Subject, decision: dict[str, Any], ver
 def _keep_precedent(state: State, entry: Entry, subject: Subject, decision: dict[str, Any]) -> None:
     """By the action's type, resource and `args_hash`; without the last there is none."""
     action = subject.event["action"]
-    if action.get("args_hash") is None:
+    args_hash, resource = action.get("args_hash"), action.get("resource") or ""
+    if type(args_hash) is not str or type(resource) is not str:
         return
-    known = (action["type"], action.get("resource") or "", action["args_hash"])
-    key = orjson.dumps([clipped(str(part)) for part in known]).decode()
+    known = [action["type"], resource, args_hash]
+    key = orjson.dumps(known).decode()
+    if len(key) > _PRECEDENT_KEY_LIMIT:
+        key = orjson.dumps([clipped(part) for part in known]).decode()
     precedents = state["precedents"]
+    times = precedents[key]["times"] if key in precedents else 0
     precedents[key] = {
         "effective_verdict": decision["effective_verdict"],
-        "times": precedents[key]["times"] + 1 if key in precedents else 1,
-        "decision_id": clipped(subject.event["id"]),
+        "times": times + 1,
+        "decision_id": subject.event["id"],
         "seq": entry.seq,
     }
     if len(precedents) >= 2 * PRECEDENTS_LIMIT:
@@ -261,7 +267,8 @@ def _count_override(
     state["overrides"] += 1
     decision["overrides"] = decision.get("overrides", 0) + 1
     _set_effective(state, subject, decision, after)
-    count_name(state, "override_directions", f"{before}→{after}")
+    directions, direction = state["override_directions"], f"{before}→{after}"
+    directions[direction] = directions.get(direction, 0) + 1
     count_name(state, "override_reviewers", reviewer)
     names = _policy_names(state, subject)
     by_policy = state["override_policies"]

@@ -397,7 +397,7 @@ def _precedents(state: State, shown: int) -> View:
             **dict(zip(("action", "resource", "args_hash"), orjson.loads(key), strict=True)),
             "effective_verdict": row["effective_verdict"],
             "times": row["times"],
-            "decision_id": row["decision_id"],
+            "decision_id": clipped(row["decision_id"]),
             "seq": row["seq"],
         }
         for key, row in by_age[: min(_LISTED, shown)]

@@ -54,7 +54,7 @@ WINDOWS: Final = {
 }
 """By window: the ring that it is read from, the length of a bucket in ms, and how many it spans."""
 
-Ring = list[list[int]]
+Ring = list[list[int] | None]
 Moment = tuple[int, int, int, int, int]
 """A time: ms since 1970; its minute, and that one's place in the ring; its hour, and its place."""
 
@@ -116,13 +116,14 @@ def time_text(ms: int) -> str:
 
 
 def new_ring(length: int) -> Ring:
-    """An empty ring. A slot that counts nothing yet stands for the bucket 0, the first of 1970."""
-    return [[0] * (COLUMNS + 1) for _ in range(length)]
+    """An empty ring: a slot is null until its first bucket claims it."""
+    return [None] * length
 
 
-def claim(slot: list[int], bucket: int) -> None:
-    """Empties the slot for another bucket."""
-    slot[:] = (*_EMPTY, bucket)
+def claim(ring: Ring, place: int, bucket: int) -> list[int]:
+    """The slot at the place, emptied for another bucket."""
+    slot = ring[place] = [*_EMPTY, bucket]
+    return slot
 
 
 def slots(minutes: Ring | None, hours: Ring, at: Moment, newest_ms: int) -> list[list[int]]:
@@ -130,18 +131,19 @@ def slots(minutes: Ring | None, hours: Ring, at: Moment, newest_ms: int) -> list
     _, minute, minute_place, hour, hour_place = at
     found = []
     if minutes is not None and newest_ms // MINUTE_MS - minute < MINUTE_SLOTS:
-        found.append(minutes[minute_place])
-        if found[-1][BUCKET] != minute:
-            claim(found[-1], minute)
+        found.append(_slot(minutes, minute_place, minute))
     if newest_ms // HOUR_MS - hour < HOUR_SLOTS:
-        found.append(hours[hour_place])
-        if found[-1][BUCKET] != hour:
-            claim(found[-1], hour)
+        found.append(_slot(hours, hour_place, hour))
     return found
+
+
+def _slot(ring: Ring, place: int, bucket: int) -> list[int]:
+    slot = ring[place]
+    return slot if slot and slot[BUCKET] == bucket else claim(ring, place, bucket)
 
 
 def live_slots(ring: Ring, newest_bucket: int, span: int) -> list[list[int]]:
     """The slots of the `span` newest buckets that count anything, oldest first."""
     oldest = newest_bucket - span + 1
-    live = [slot for slot in ring if slot[BUCKET] >= oldest and any(slot[:COLUMNS])]
+    live = [slot for slot in ring if slot and slot[BUCKET] >= oldest]
     return sorted(live, key=itemgetter(BUCKET))

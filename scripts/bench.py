@@ -324,7 +324,7 @@ class Bench:
             await self.ledger.append_many(tenant, batch)
 
     async def fill_with_copies(self, tenant: str, count: int) -> None:
-        """Appends `count` events that differ in little but their ids: fast, and no use to a fold."""
+        """Appends `count` events that differ in their ids alone: fast, and no use to a fold."""
         originals = self.events.built(1000)
         for n in range(count // len(originals)):
             prefix = f"{n:08x}"

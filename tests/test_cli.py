@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 from contextlib import closing
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +19,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ledger import Decision, Ledger, errors, keys
+from ledger import Decision, Ledger, __version__, errors, keys
 from ledger.events import encode, event_types
 from ledger.service import appending, jsonl, terminal
 from ledger.service.appending import append_checked
@@ -28,50 +27,13 @@ from ledger.service.cli import _moment, app
 from ledger.service.jsonl import LINE_BYTES_LIMIT, Line, LineSplitter, Source, event_of
 from ledger.service.render import entry_json, entry_text, time_text
 from ledger.stream import Entry
+from tests.commands import GOVLEDGER, environment, run
 from tests.servers import new_tenant, wait_until
 
-ROOT = Path(__file__).parent.parent
-SHIPPED = ROOT / "ledger" / "data" / "agentdojo-decisions.jsonl"
+SHIPPED = Path(__file__).parent.parent / "ledger" / "data" / "agentdojo-decisions.jsonl"
 COMMANDS = [command.name or command.callback.__name__ for command in app.registered_commands]
 
 NOT_THERE = {"REDIS_URL": "redis://127.0.0.1:1", "MEMORY_MAX_RECONNECT_ATTEMPTS": "0"}
-
-
-@dataclass
-class Done:
-    """A command that has ended; `lines` and `error` are its JSON."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def lines(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.out.splitlines()]
-
-    @property
-    def error(self) -> dict[str, Any]:
-        return json.loads(self.err.splitlines()[-1])
-
-
-def environment(url: str | None, **variables: str) -> dict[str, str]:
-    """For a command in any folder; nothing of the terminal that the tests run in."""
-    url_set = {"REDIS_URL": url} if url else {}
-    return {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100", **url_set, **variables}
-
-
-def run(url: str | None, *args: object, stdin: bytes | None = None, **variables: str) -> Done:
-    """`govledger` with these arguments."""
-    done = subprocess.run(
-        [sys.executable, "-m", "ledger", *map(str, args)],
-        input=stdin,
-        stdin=subprocess.DEVNULL if stdin is None else None,
-        env=environment(url, **variables),
-        capture_output=True,
-        check=False,
-        timeout=60,
-    )
-    return Done(done.returncode, done.stdout.decode(), done.stderr.decode())
 
 
 def decision(event_id: str, **fields: Any) -> dict[str, Any]:
@@ -313,7 +275,7 @@ async def test_what_is_too_large_to_keep_is_read_twice(
 def test_an_open_pipe_is_recorded_as_it_comes(valkey, tenant, spawn):
     """With --keep-going what a pipe has brought is recorded while the pipe stays open."""
     process = spawn(
-        [sys.executable, "-m", "ledger", "append", tenant, "--keep-going"],
+        [*GOVLEDGER, "append", tenant, "--keep-going"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env=environment(valkey.url),
@@ -455,7 +417,7 @@ async def test_follow_sees_an_append_as_it_happens(valkey, tenant, spawn):
     async with Ledger.connect(valkey.url) as ledger:
         await ledger.append(tenant, Decision(agent="a", action="b", verdict="allow", id="first"))
         process = spawn(
-            [sys.executable, "-m", "ledger", "follow", tenant, "--after", "0", "--json"],
+            [*GOVLEDGER, "follow", tenant, "--after", "0", "--json"],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env=environment(valkey.url),
@@ -672,14 +634,16 @@ def examples(command: str) -> list[str]:
 
 def test_help_lists_every_command_and_exit_code():
     """`govledger --help` shows each command in one whole line, and what the exit codes mean."""
-    done = run(None, "--help")
-    assert done.code == 0
+    shown = subprocess.run(
+        GOVLEDGER, env=environment(None), capture_output=True, text=True, check=True, timeout=60
+    )
     for command in COMMANDS:
-        (line,) = [line for line in done.out.splitlines() if line.split()[:1] == [command]]
+        (line,) = [line for line in shown.stdout.splitlines() if line.split()[:1] == [command]]
         assert line.endswith(".")
         assert "..." not in line
-    assert "Exit codes:" in done.out
-    assert run(None, "--version").out.startswith("govledger ")
+    assert "Exit codes:" in shown.stdout
+    assert run(None, "--help").out == shown.stdout
+    assert run(None, "--version").out == f"govledger {__version__}\n"
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -691,9 +655,8 @@ def test_each_command_has_json_and_an_example(command):
     assert all(shlex.split(line)[:2] == ["govledger", command] for line in examples(command))
 
 
-def test_examples_work(valkey, tmp_path):
+def test_examples_work(valkey, tenant, tmp_path):
     """The examples in the help do what they say, on a tenant with a few hundred events."""
-    tenant = new_tenant()
     events = [decision(f"dec-{n:04}", tenant=tenant) for n in range(1, 301)]
     (tmp_path / "events.jsonl").write_bytes(as_lines(*events))
     # dev has a test of its own, and this form of project has no end.
@@ -704,29 +667,16 @@ def test_examples_work(valkey, tmp_path):
         for line in examples(command)
         if line != "govledger project"
     ]
-    script = "\n".join(
-        [
-            "set -euo pipefail",
-            f'govledger() {{ {shlex.quote(sys.executable)} -m ledger "$@"; }}',
-            *(line.replace("acgs-dev", tenant) for line in sorted(lines, key=_needs_state)),
-        ]
-    )
-    done = subprocess.run(
-        ["bash", "-c", script],
-        cwd=tmp_path,
-        env=environment(valkey.url),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=100,
-    )
-    assert done.returncode == 0, done.stderr
-    assert len((tmp_path / "part.jsonl").read_text().splitlines()) == 100
-
-
-def _needs_state(line: str) -> bool:
-    return line.startswith("govledger state")
+    # What reads the state comes after what folds it.
+    for line in sorted(lines, key=lambda line: line.startswith("govledger state")):
+        words = shlex.split(line.replace("acgs-dev", tenant))[1:]
+        stdin = (tmp_path / words.pop()).read_bytes() if "<" in words else b""
+        output = words.pop() if ">" in words else None
+        args = [word for word in words if word not in "<>"]
+        done = run(valkey.url, *args, stdin=stdin, cwd=tmp_path)
+        assert done.code == 0, (line, done.err)
+        assert done.out, line
+        assert output is None or len(done.lines) == 100
 
 
 def test_event_types_are_known_to_the_command_line(shipped):

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,17 +15,8 @@ from ledger import Decision, Ledger
 from ledger.embedded import is_running
 from ledger.service.operate import default_data_dir
 from projections import StateReader
+from tests.commands import GOVLEDGER, environment, run
 from tests.servers import _free_port, wait_until
-
-ROOT = Path(__file__).parent.parent
-
-
-def command(*args: object) -> list[str]:
-    return [sys.executable, "-m", "ledger", *map(str, args)]
-
-
-def environment(**variables: str) -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT), **variables}
 
 
 @pytest.fixture
@@ -37,10 +27,10 @@ def dev(spawn, embedded_dir, tmp_path):
         log = tmp_path / f"dev-{len(list(tmp_path.glob('dev-*')))}.log"
         with log.open("wb") as stderr:
             process = spawn(
-                command("dev", "--data", embedded_dir, "--json", *options),
+                [*GOVLEDGER, "dev", "--data", embedded_dir, "--json", *options],
                 stdout=subprocess.PIPE,
                 stderr=stderr,
-                env=environment(),
+                env=environment(None),
             )
         line = process.stdout.readline()
         assert line, log.read_text()
@@ -98,28 +88,21 @@ async def test_dev_brings_a_killed_server_back(dev, embedded_dir, tenant):
 async def test_dev_listens_on_a_port_when_it_is_told_to(dev, embedded_dir, tenant, valkey):
     """--port gives a redis:// URL besides; a second dev with another port is refused with 4."""
     with_port = _free_port()
-    running = dev("--port", with_port)
+    running = dev("--port", str(with_port))
     assert running.told["tcp_url"] == f"redis://127.0.0.1:{with_port}"
     assert await decide(running.told["tcp_url"], tenant, "one") == 1
-    other = subprocess.run(
-        command("dev", "--data", embedded_dir, "--port", valkey.port),
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=30,
-    )
-    assert (other.returncode, other.stdout) == (4, "")
-    assert f"listens on port {with_port}" in other.stderr
+    other = run(None, "dev", "--data", embedded_dir, "--port", valkey.port)
+    assert (other.code, other.out) == (4, "")
+    assert f"listens on port {with_port}" in other.err
 
 
 def test_dev_shows_the_url_to_people_and_ctrl_c_is_quiet(spawn, embedded_dir):
     """For people dev prints REDIS_URL=…; Ctrl-C ends it with 130 and no traceback."""
     process = spawn(
-        command("dev", "--data", embedded_dir),
+        [*GOVLEDGER, "dev", "--data", embedded_dir],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env=environment(REDIS_PASSWORD="of another server"),
+        env=environment(None, REDIS_PASSWORD="of another server"),
     )
     assert process.stdout.readline().decode() == f"REDIS_URL=embedded://{embedded_dir}\n"
     process.send_signal(signal.SIGINT)
@@ -129,7 +112,9 @@ def test_dev_shows_the_url_to_people_and_ctrl_c_is_quiet(spawn, embedded_dir):
 
 async def test_project_runs_until_sigterm(valkey, tenant, spawn):
     """Project folds what is appended while it runs, and SIGTERM ends it with 0."""
-    process = spawn(command("project", "--json"), stdout=subprocess.PIPE, env=_at(valkey.url))
+    process = spawn(
+        [*GOVLEDGER, "project", "--json"], stdout=subprocess.PIPE, env=environment(valkey.url)
+    )
     assert json.loads(process.stdout.readline())["projecting"].endswith(str(valkey.port))
     assert await decide(valkey.url, tenant, "one") == 1
     process.send_signal(signal.SIGTERM)
@@ -139,29 +124,14 @@ async def test_project_runs_until_sigterm(valkey, tenant, spawn):
 def test_project_attests_for_those_who_may_not_ask(fresh_server, tenant):
     """After `project --once` a user without CONFIG reaches fsynced, by the attestation."""
     server = fresh_server()
-    once = subprocess.run(
-        command("project", "--once"), env=_at(server.url), check=False, timeout=30
-    )
-    assert once.returncode == 0
+    assert run(server.url, "project", "--once").code == 0
     server.cli("ACL", "SETUSER", "engine", "on", ">pw", "~*", "+@all", "-config", "-function")
-    event = json.dumps(
-        {
-            "type": "policy.activated",
-            "id": "p",
-            "policy": {"id": "p", "version": "1"},
-        }
-    )
-    append = command("append", tenant, "--durability", "fsynced", "--json")
-    done = subprocess.run(
-        append,
-        env=_at(server.url.replace("redis://", "redis://engine:pw@")),
-        input=event.encode(),
-        capture_output=True,
-        check=False,
-        timeout=30,
-    )
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["durability"] == "fsynced"
+    engine_url = server.url.replace("redis://", "redis://engine:pw@")
+    event = {"type": "policy.activated", "id": "p", "policy": {"id": "p", "version": "1"}}
+    asked = ["--durability", "fsynced", "--json"]
+    done = run(engine_url, "append", tenant, *asked, stdin=json.dumps(event).encode())
+    assert done.code == 0, done.err
+    assert done.lines[0]["durability"] == "fsynced"
 
 
 def test_the_default_data_directory(monkeypatch):
@@ -171,7 +141,3 @@ def test_the_default_data_directory(monkeypatch):
     monkeypatch.delenv("XDG_DATA_HOME")
     monkeypatch.setenv("HOME", "/home/govledger")
     assert default_data_dir() == Path("/home/govledger/.local/share/govledger")
-
-
-def _at(url: str) -> dict[str, str]:
-    return environment(REDIS_URL=url)

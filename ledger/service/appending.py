@@ -100,16 +100,12 @@ class Rejects:
             text = raw.decode(errors="backslashreplace")
             self._to.write(orjson.dumps({**told, "input": text}) + b"\n")
 
-    def as_error(self, outcome: str) -> errors.InvalidInput:
+    def as_error(self, outcome: str, hint: str) -> errors.InvalidInput:
         """All of them as one error, whose `facts` has the first `lines`."""
         lines = "1 line" if self.count == 1 else f"{self.count} lines"
         shown = "" if self.count == len(self.first) else f" (the first {len(self.first)} are shown)"
-        hints = [line["hint"] for line in self.first if line["hint"]]
-        return errors.InvalidInput(
-            f"{self._source.name}: {lines} cannot be recorded{shown}; {outcome}",
-            hint=hints[0] if hints else "correct them, and run the same command again",
-            lines=self.first,
-        )
+        message = f"{self._source.name}: {lines} cannot be recorded{shown}; {outcome}"
+        return errors.InvalidInput(message, hint=hint, lines=self.first)
 
 
 # -- every line checked before anything is written ----------------------------------------------
@@ -174,7 +170,11 @@ class _Check:
         await self._check(splitter.end())
         self._seen.clear()
         if self._bad.count:
-            raise self._bad.as_error("nothing was written")
+            raise self._bad.as_error(
+                "nothing was written",
+                "correct the input and run the same command again; --keep-going records the good "
+                "lines and rejects the others",
+            )
 
     async def _check(self, lines: list[Line]) -> None:
         for line in lines:

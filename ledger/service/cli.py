@@ -297,7 +297,10 @@ async def _append_good_lines(
     _print_landed(landed, tenant, rejected.count, as_json=as_json)
     if rejected.count:
         sys.stdout.flush()
-        raise rejected.as_error("the other lines are recorded")
+        where = f"{rejects} has them all" if rejects else "--rejects FILE writes them down"
+        raise rejected.as_error(
+            "the other lines are recorded", f"{where}; corrected ones can be appended by themselves"
+        )
 
 
 def _print_landed(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Any
 
 import orjson
@@ -17,8 +18,9 @@ __all__ = ["state_json", "state_lines"]
 def state_json(found: PublishedState, head: Head) -> dict[str, Any]:
     """The value, the position it was folded to, and how old that is.
 
-    `behind` is how many entries are recorded and not folded; `age_seconds` is the time since the
-    last folded entry was recorded; `source` is `published`, or `committed` where that copy is gone.
+    `behind` is how many entries are recorded and not folded, null where the ledger is of another
+    epoch than the state; `age_seconds` is the time since the last folded entry was recorded;
+    `source` is `published`, or `committed` where that copy is gone.
     """
     return {
         "tenant": found.tenant,
@@ -29,9 +31,9 @@ def state_json(found: PublishedState, head: Head) -> dict[str, Any]:
         "epoch": found.position.epoch,
         "recorded_at": _recorded_at(found),
         "age_seconds": round(found.age_seconds, 3),
-        "updated_at": found.updated_at,
+        "updated_at": None if found.updated_at is None else _ms_text(found.updated_at),
         "head_seq": head.seq,
-        "behind": max(0, head.seq - found.seq),
+        "behind": _behind(found, head),
         "source": found.source,
         "value": found.value,
     }
@@ -39,8 +41,10 @@ def state_json(found: PublishedState, head: Head) -> dict[str, Any]:
 
 def state_lines(found: PublishedState, head: Head) -> list[str]:
     """The gist, a line each; a projection that has none here is shown as JSON."""
-    behind = head.seq - found.seq
-    stands = "up to date" if behind <= 0 else f"{behind} entries behind"
+    behind = _behind(found, head)
+    stands = f"{behind} entries behind" if behind else "up to date"
+    if behind is None:
+        stands = "of an earlier epoch of the ledger"
     lines = [
         f"{found.tenant}: {found.projection}@{found.version}, folded to seq {found.seq}, {stands}",
         f"last entry folded: {_recorded_at(found)}, {_age(found.age_seconds)} ago",
@@ -49,6 +53,16 @@ def state_lines(found: PublishedState, head: Head) -> list[str]:
         return [*lines, *(printable(line) for line in _governance(found.value))]
     shown = orjson.dumps(found.value, option=orjson.OPT_INDENT_2).decode()
     return [*lines, *(printable(line) for line in shown.splitlines())]
+
+
+def _behind(found: PublishedState, head: Head) -> int | None:
+    if head.epoch != found.position.epoch:
+        return None
+    return max(0, head.seq - found.seq)
+
+
+def _ms_text(moment: datetime) -> str:
+    return time_text(round(moment.timestamp() * 1000))
 
 
 def _recorded_at(found: PublishedState) -> str:
@@ -77,7 +91,7 @@ def _governance(value: dict[str, Any]) -> list[str]:
         "policies": ", ".join(f"{name}@{_at(policy).get('version')}" for name, policy in policies),
         "constitution": _at(value, "constitution").get("active"),
         "mode": _at(value, "mode").get("mode"),
-        "apart": _counted(
+        "irregular": _counted(
             {name: _at(counts, name).get("total") for name in ("orphans", "conflicts", "late")}
             | {"quarantined": counts.get("quarantined")}
         ),

@@ -140,7 +140,8 @@ def print_error(error: errors.LedgerError, *, as_json: bool) -> None:
         return
     lines = error.facts.get("lines")
     for line in lines if isinstance(lines, list) else ():
-        say(f"error: {line['where']}: {line['message']}")
+        remedy = f" ({line['hint']})" if line["hint"] else ""
+        say(f"error: {line['where']}: {line['message']}{remedy}")
     first, *more = error.message.splitlines() or [""]
     say(f"error: {first}")
     for line in more:  # the end of a server's log
