@@ -239,7 +239,7 @@ class _Lane:
         stream = self._on[0]
         last, settings = self._server.last_settings(stream), self._server.known_settings(stream)
         stale = settings is None
-        if last is None or (stale and self._evicts(last)):
+        if last is None or (stale and self._unsafe(last, wanted)):
             settings, stale = await self._server.node_settings(stream), False
         if settings is not None:
             self._refuse_unsafe(settings, wanted)
@@ -252,6 +252,10 @@ class _Lane:
     def _evicts(self, settings: NodeSettings) -> bool:
         allowed = self._server.settings.govledger_allow_eviction
         return settings.evicts_ledger_keys and not allowed
+
+    def _unsafe(self, settings: NodeSettings, wanted: Durability | None) -> bool:
+        unsynced = wanted is Durability.FSYNCED and not settings.fsyncs_every_ack
+        return unsynced or self._evicts(settings)
 
     def _refuse_unsafe(self, settings: NodeSettings, wanted: Durability | None) -> None:
         if self._evicts(settings):

@@ -240,7 +240,7 @@ class Event(_Part):
         except ValidationError as error:
             raise _from_validation(error) from None
         if type(self) in _RECORDABLE:
-            encode(self)
+            _encode_now(self)
 
     # Validation from JSON does not come by __init__; this keeps it as fast as it is without one.
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
@@ -439,10 +439,14 @@ def encode(event: Event) -> EncodedEvent:
     """
     try:
         return event._encoded  # noqa: SLF001 - its slot is for this function
-    except AttributeError:
-        encoded = _encode(event)
-        object.__setattr__(event, "_encoded", encoded)
-        return encoded
+    except AttributeError:  # a copy; what is built is encoded at once
+        return _encode_now(event)
+
+
+def _encode_now(event: Event) -> EncodedEvent:
+    encoded = _encode(event)
+    object.__setattr__(event, "_encoded", encoded)
+    return encoded
 
 
 def _encode(event: Event) -> EncodedEvent:
@@ -490,7 +494,7 @@ def event_from_json(line: bytes | str) -> Event:
         raise _invalid(None, [("id", reason)])
     if "at" not in given:
         event = event.model_copy(update={"at": None})
-    encode(event)
+    _encode_now(event)
     return event
 
 

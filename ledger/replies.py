@@ -98,7 +98,12 @@ _BY_REPLY: Final[list[tuple[_Kinds, tuple[str, ...], type[errors.LedgerError], s
         "wait; INFO persistence shows how far it is",
     ),
     (
-        (redis_errors.MovedError, redis_errors.AskError, redis_errors.ClusterDownError),
+        (
+            redis_errors.MovedError,
+            redis_errors.AskError,
+            redis_errors.TryAgainError,
+            redis_errors.ClusterDownError,
+        ),
         ("MOVED", "ASK ", "CLUSTERDOWN", "TRYAGAIN", "MASTERDOWN"),
         errors.ServerUnreachable,
         "the cluster is rearranging itself",

@@ -45,6 +45,8 @@ SETTINGS_AGE_LIMIT_S: Final = 1.0
 Reply = Any
 _log = logging.getLogger("ledger")
 
+# The second is no RedisError: the whole cluster is away, or a slot has no node.
+_CLUSTER_ERRORS: Final = (redis_errors.RedisError, redis_errors.RedisClusterException, OSError)
 _RETRYABLE: Final = (errors.ServerUnreachable, errors.ServerLoading, errors.EmbeddedServerError)
 
 
@@ -198,7 +200,7 @@ class Server:
                     await self._cluster.initialize()
                 else:
                     await self._cluster.nodes_manager.initialize()
-        except (redis_errors.RedisError, OSError) as error:
+        except _CLUSTER_ERRORS as error:
             raise translate(error, self.address) from error
 
     # -- one exchange -------------------------------------------------------------------------
@@ -326,7 +328,7 @@ class Server:
             raise errors.ServerUnreachable(f"{self.address}: the connection is closed")
         try:
             node = self._cluster.get_node_from_key(key) if key else self._cluster.get_default_node()
-        except redis_errors.RedisError as error:
+        except _CLUSTER_ERRORS as error:
             raise translate(error, self.address) from error
         if node is None:
             raise errors.ServerUnreachable(f"{self.address}: no cluster node serves {key}")

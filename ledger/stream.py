@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any, Final, NamedTuple, Self
@@ -480,9 +480,7 @@ class Walk:
                 page, ahead = await ahead, None
         finally:
             if ahead is not None:
-                ahead.cancel()
-                with suppress(asyncio.CancelledError, errors.LedgerError):
-                    await ahead
+                await _dropped(ahead)
         if to_ms is None and self._exact and self.seq < goal:
             raise _missing(self.tenant, self.seq + 1, goal)
 
@@ -617,6 +615,14 @@ class Walk:
             self.tenant,
             raw_id.decode(),
         )
+
+
+async def _dropped(task: asyncio.Future[Any]) -> None:
+    """Cancels a task and sees it end; a cancellation of the caller meanwhile stays the caller's."""
+    task.cancel()
+    await asyncio.wait([task])
+    if not task.cancelled():
+        task.exception()  # it was seen: the next read meets it again
 
 
 async def follow(walk: Walk) -> AsyncGenerator[Entry, None]:

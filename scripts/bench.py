@@ -391,10 +391,13 @@ async def _append_batches(bench: Bench, count: int) -> float:
 
 
 async def jsonl(bench: Bench) -> Measured:
-    """A file through what `govledger append` runs: every line checked, then all recorded."""
+    """A file through what `govledger append` runs: every line checked, then all recorded.
+
+    The file is small enough to be kept in memory between the two; a larger one is parsed twice.
+    """
     await bench.reset("always")
     return await bench.alternate(
-        partial(_append_lines, bench, bench.size(50_000)),
+        partial(_append_lines, bench, bench.size(10_000)),
         partial(bench.ceiling_rate, 1, 1000, bench.size(100_000)),
     )
 

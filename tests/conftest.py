@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import hypothesis
 import pytest
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from ledger.embedded import is_running
 from tests import servers
@@ -163,6 +165,7 @@ def embedded_dir(tmp_path: Path) -> Iterator[Path]:
     yield directory
     endpoint = is_running(directory) if directory.exists() else None
     if endpoint is not None:
-        with redis.Redis(unix_socket_path=str(endpoint.socket_path)) as client:
+        no_retry = Retry(NoBackoff(), 0)  # or shutdown() tries for seconds to reach what it ended
+        with redis.Redis(unix_socket_path=str(endpoint.socket_path), retry=no_retry) as client:
             client.shutdown(nosave=True)
         wait_until(lambda: not endpoint.socket_path.exists(), "the embedded server has ended")

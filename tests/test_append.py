@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 import shutil
 import signal
@@ -21,9 +22,9 @@ from hypothesis.stateful import run_state_machine_as_test as run_machine
 import ledger
 from ledger import Decision, Durability, Feedback, Ledger, Settings, errors, events, keys, sync
 from ledger.append import GATHER_EVENTS
-from ledger.server import Server
+from ledger.server import LIBRARY_VERSION, Server, library_source
 from tests.proxy import Proxy
-from tests.servers import KINDS, new_tenant
+from tests.servers import KINDS, new_tenant, wait_until
 
 AT = datetime(2026, 3, 3, 12, tzinfo=UTC)
 FCALL = b"govledger_append"
@@ -422,6 +423,56 @@ async def test_a_setting_changed_meanwhile_shows_in_the_receipt(fresh_server, te
         assert (await book.append(tenant, decision("b"))).duplicate
 
 
+def rewriting(server):
+    info = server.cli("INFO", "persistence")
+    return info["aof_rewrite_in_progress"] or info["aof_rewrite_scheduled"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_an_aof_in_the_making_is_not_fsynced(fresh_server, tenant, kind, monkeypatch):
+    """After CONFIG SET appendonly yes a crash loses all until the first rewrite is done."""
+    monkeypatch.setattr("ledger.server.SETTINGS_AGE_LIMIT_S", 0)
+    server = fresh_server(kind, config={"appendonly": "no"})
+    server.cli("SET", "k", "v")
+    async with Ledger.connect(server.url) as known:
+        assert (await known.append(tenant, decision("a"))).durability is Durability.MEMORY
+        server.cli("CONFIG", "SET", "rdb-key-save-delay", 10**9)
+        server.cli("CONFIG", "SET", "appendonly", "yes")
+        assert rewriting(server)
+        async with Ledger.connect(server.url) as new:
+            for book in (known, new):
+                assert (await book.append(tenant, decision("b"))).durability is Durability.MEMORY
+            with pytest.raises(errors.UnsafeServer, match="may still be in the making"):
+                await new.append(tenant, decision("c"), durability="fsynced")
+        server.cli("CONFIG", "SET", "appendonly", "no")
+        server.cli("CONFIG", "SET", "rdb-key-save-delay", 0)
+        server.cli("CONFIG", "SET", "appendonly", "yes")
+        wait_until(lambda: not rewriting(server), "the append-only file is made")
+        receipt = await known.append(tenant, decision("c"), durability="fsynced")
+        assert receipt.durability is Durability.FSYNCED
+    server.kill()
+    server._config["appendonly"] = "yes"
+    server.restart()
+    async with Ledger.connect(server.url) as book:
+        assert [entry.id async for entry in book.replay(tenant)] == ["a", "b", "c"]
+
+
+async def test_an_ordinary_rewrite_leaves_appends_fsynced(fresh_server, tenant, monkeypatch):
+    """BGREWRITEAOF on a server whose file is in use changes no receipt."""
+    monkeypatch.setattr("ledger.server.SETTINGS_AGE_LIMIT_S", 0)
+    server = fresh_server()
+    async with Ledger.connect(server.url) as book:
+        await book.append(tenant, decision("a"), durability="fsynced")
+        server.cli("BGREWRITEAOF")
+        wait_until(lambda: not rewriting(server), "a rewrite is done")
+        server.cli("CONFIG", "SET", "rdb-key-save-delay", 10**9)
+        server.cli("BGREWRITEAOF")
+        assert rewriting(server)
+        await book.append(tenant, decision("b"), durability="fsynced")
+        async with Ledger.connect(server.url) as new:
+            await new.append(tenant, decision("c"), durability="fsynced")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 async def test_replicated_needs_a_replica(fresh_server, tenant, kind, monkeypatch):
     """With a replica it is reached; without one it is an error after the fact; retry is safe."""
@@ -705,6 +756,16 @@ def test_append_behaves_as_its_model(server):
 
 
 # -- what is stored -------------------------------------------------------------------------------
+
+LIBRARY_SHA256 = {1: ""}
+"""By LIBRARY_VERSION: the text that is, or once was, released under that number."""
+
+
+def test_a_change_of_the_library_needs_a_new_version():
+    """A server keeps a library that has our version, so another text must have another number."""
+    digest = hashlib.sha256(library_source()).hexdigest()
+    assert LIBRARY_SHA256[LIBRARY_VERSION] == digest, "raise VERSION in functions.lua, or it stays"
+    assert f"local VERSION = {LIBRARY_VERSION}\n" in library_source().decode()
 
 
 async def test_the_entry_has_three_fields_in_order(book, server, tenant):

@@ -308,3 +308,40 @@ async def test_concurrent_first_commits_agree(ledger, tenant):
     await asyncio.gather(*(projector.run_once([tenant]) for projector in both))
     store = FoldStore(ledger.server, tenant, Counter())
     assert (await store.load(["state"]))["state"] == {"allow": 50}
+
+
+async def test_cancelled_projector_ends_whatever_it_was_doing(ledger, tenant):
+    """A cancellation at any moment of a fold ends the projector; it is never swallowed."""
+    await ledger.append_many(tenant, [decision(n) for n in range(30)])
+    for pause_s in (0, 0.0005, 0.001, 0.002, 0.003, 0.004, 0.006, 0.01):
+        projector = Projector(ledger, [Counter()])
+        task = asyncio.create_task(projector.run())
+        await ledger.append(tenant, Decision(agent="a", action="b", verdict="deny"))
+        await asyncio.sleep(pause_s)
+        task.cancel()
+        done, _ = await asyncio.wait([task], timeout=10)
+        assert done
+        assert task.cancelled()
+
+
+async def test_walk_that_is_dropped_while_it_reads_ahead_keeps_its_callers_cancellation(
+    ledger, tenant
+):
+    """Closing a walk waits for the page being read ahead; a cancellation then is the caller's."""
+    await ledger.append_many(tenant, [decision(n) for n in range(50)])
+    for pause_s in (0, 0.0002, 0.0005, 0.001):
+
+        async def read():
+            while True:
+                walk = await ledger.walk(tenant)
+                walk.page_entries = 5
+                pages = walk.pages()
+                await anext(pages)
+                await pages.aclose()
+
+        task = asyncio.create_task(read())
+        await asyncio.sleep(0.02 + pause_s)
+        task.cancel()
+        done, _ = await asyncio.wait([task], timeout=10)
+        assert done
+        assert task.cancelled()

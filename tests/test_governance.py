@@ -1,0 +1,1158 @@
+"""The governance fold: what each event does to state, and what holds for every history."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from datetime import UTC, datetime, timedelta
+from importlib.resources import files
+from pathlib import Path
+
+import orjson
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ledger.events import event_types
+from ledger.stream import Entry
+from projections.governance import Governance
+from projections.governance_decision import DECISION
+from projections.governance_follow_ups import FOLLOW_UPS
+from projections.governance_lifecycle import LIFECYCLE
+from projections.projection import Subject, Unfoldable
+from tests.governance_reference import published, reference
+
+NOON_MS = 1_793_620_800_000  # 2026-11-02T12:00:00Z
+MINUTE_MS = 60_000
+GOVERNANCE = Governance()
+FIXTURES = Path(__file__).parent / "fixtures" / "events-v1.jsonl"
+
+
+class Fold:
+    """A projector without a server: entities are bytes in between the chunks of entries.
+
+    While `watched`, each entry is checked to change nothing but what it named, or nothing at all.
+    """
+
+    def __init__(self, chunk=1, *, watched=True):
+        self.chunk = chunk
+        self.watched = watched
+        self.stored = {}
+        self.subjects = {}
+        self.seq = 0
+        self.refused = {}
+        self._entities = {}
+        self._in_chunk = 0
+
+    def add(self, event, recorded_ms=NOON_MS):
+        """Folds one event; its reason where it was refused."""
+        self.seq += 1
+        event = {"id": f"e-{self.seq}", **event}
+        return self.add_entry(Entry.of("acgs-dev", f"{recorded_ms}-{self.seq}", event))
+
+    def add_entry(self, entry):
+        names = GOVERNANCE.names(entry)
+        for name in names:
+            if name not in self._entities and name in self.stored:
+                self._entities[name] = orjson.loads(self.stored[name])
+        before = dumped(self._entities) if self.watched else {}
+        try:
+            subject = self.subjects.get(GOVERNANCE.subject_id(entry))
+            GOVERNANCE.apply(self._entities, entry, subject)
+        except Unfoldable as error:
+            assert not self.watched or dumped(self._entities) == before
+            self.refused[entry.seq] = error.reason
+            GOVERNANCE.quarantined(self._entities, entry)
+        if self.watched:
+            after = dumped(self._entities)
+            assert {name for name in after if before.get(name) != after[name]} <= {"state", *names}
+        self._keep_subject(entry)
+        self._in_chunk += 1
+        if self._in_chunk >= self.chunk:
+            self.flush()
+        return self.refused.get(entry.seq)
+
+    def _keep_subject(self, entry):
+        try:
+            if entry.event["type"] == DECISION:
+                self.subjects[entry.id] = Subject(entry.seq, entry.recorded_ms, entry.event)
+        except (ValueError, TypeError, KeyError):
+            pass  # nothing can refer to it
+
+    def flush(self):
+        self.stored |= dumped(self._entities)
+        self._entities = {}
+        self._in_chunk = 0
+
+    @property
+    def state(self):
+        self.flush()
+        return orjson.loads(self.stored.get("state", b"{}"))
+
+    @property
+    def view(self):
+        return GOVERNANCE.view(self.state)
+
+    def decision(self, decision_id):
+        self.flush()
+        return orjson.loads(self.stored[f"decision:{decision_id}"])
+
+
+def dumped(entities):
+    return {
+        name: orjson.dumps(entity, option=orjson.OPT_SORT_KEYS) for name, entity in entities.items()
+    }
+
+
+def decision(decision_id="d", verdict="allow", **fields):
+    event = {
+        "type": "decision.recorded",
+        "id": decision_id,
+        "agent": {"id": "agent-1"},
+        "action": {"type": "mail.send"},
+        "verdict": verdict,
+    }
+    return event | fields
+
+
+def follow_up(kind, decision_id="d", **fields):
+    return {"type": kind, "decision_id": decision_id, **fields}
+
+
+def policy(name):
+    policy_id, _, version = name.partition("@")
+    return {"id": policy_id, "version": version}
+
+
+def folded(*events, recorded_ms=NOON_MS):
+    fold = Fold(chunk=1_000_000, watched=False)
+    for event in events:
+        assert fold.add(event, recorded_ms) is None
+    fold.watched = True
+    return fold
+
+
+def at(offset_minutes):
+    """`offset_minutes` from noon, as the ledger stores a time."""
+    time = datetime(2026, 11, 2, 12, tzinfo=UTC) + timedelta(minutes=offset_minutes)
+    return time.isoformat().replace("+00:00", "Z")
+
+
+# -- decisions ------------------------------------------------------------------------------------
+
+
+def test_every_type_of_the_ledger_is_folded():
+    """No event type that can be recorded counts as unknown."""
+    assert set(event_types()) == {DECISION, *FOLLOW_UPS, *LIFECYCLE}
+
+
+def test_old_fixtures_fold():
+    """What any release has recorded can be folded."""
+    fold = Fold()
+    for line in FIXTURES.read_bytes().splitlines():
+        event = orjson.loads(line)
+        fold.add(event.get("event", event), recorded_ms=4_000_000_000_000)
+    assert fold.refused == {}
+
+
+def test_decision_counts_in_each_dimension_once():
+    """A decision counts by verdict, impact level, action type and each policy that took part."""
+    view = folded(
+        decision("1", "deny", impact_level="high", policies=[policy("p@1"), policy("q@2")]),
+        decision("2", "deny", policies=[policy("p@1"), policy("p@1")]),
+        decision("3", "allow", policies=[]),
+    ).view
+    decisions = view["decisions"]
+    assert decisions["total"] == 3
+    assert decisions["by_verdict"]["deny"] == 2
+    assert decisions["by_impact_level"]["high"]["deny"] == 1
+    assert decisions["by_impact_level"]["unset"]["decisions"] == 2
+    assert decisions["by_action_type"]["mail.send"]["decisions"] == 3
+    assert decisions["by_policy"]["p@1"]["deny"] == 2
+    assert decisions["by_policy"]["q@2"]["deny"] == 1
+
+
+def test_rates_show_numerator_and_denominator():
+    """A rate stands beside what it was made of, and is null over nothing."""
+    rules = [{"id": "r", "effect": "violation"}, {"id": "s", "effect": "violation"}]
+    fold = folded(decision("1", "deny", rules=rules), decision("2"), decision("3", "escalate"))
+    rates = fold.view["rates"]
+    assert rates["deny"] == {"rate": 1 / 3, "numerator": 1, "denominator": 3}
+    assert rates["violation"]["numerator"] == 1
+    assert rates["escalate"]["numerator"] == 1
+    assert GOVERNANCE.view({})["rates"]["deny"] == {"rate": None, "numerator": 0, "denominator": 0}
+
+
+def test_rule_effects_count_a_decision_once():
+    """A decision with a warning and a violation counts in both, however many rules hit."""
+    rules = [{"id": "a", "effect": "warning"}, {"id": "b", "effect": "violation"}, {"id": "c"}]
+    view = folded(decision(rules=rules * 3, policies=[policy("p@1")])).view
+    assert (view["decisions"]["warnings"], view["decisions"]["violations"]) == (1, 1)
+    assert view["decisions"]["by_policy"]["p@1"]["warnings"] == 1
+    assert view["windows"]["1h"]["warnings"] == 1
+
+
+def test_latency_bounds_are_inclusive():
+    """A latency counts in the first bucket whose bound it does not exceed."""
+    fold = folded(*(decision(str(ms), latency_ms=ms) for ms in (0, 0.1, 0.11, 10_000, 10_001)))
+    latency = fold.view["latency"]
+    by_bound = dict(zip([*latency["bounds_ms"], "more"], latency["counts"], strict=True))
+    assert latency["count"] == 5
+    assert (by_bound[0.1], by_bound[0.25], by_bound[10_000], by_bound["more"]) == (2, 1, 1, 1)
+
+
+def test_recent_shows_the_last_hundred_newest_first():
+    """The ring holds the last hundred decisions, however long the history."""
+    fold = folded(*(decision(f"d{n}", policies=[policy("p@1")]) for n in range(250)))
+    recent = fold.view["recent"]
+    assert [row["id"] for row in recent] == [f"d{n}" for n in range(249, 149, -1)]
+    assert recent[0] == {
+        "seq": 250,
+        "id": "d249",
+        "at": "2026-11-02T12:00:00.000Z",
+        "verdict": "allow",
+        "agent": "agent-1",
+        "action": "mail.send",
+        "policy": "p@1",
+    }
+
+
+def test_unknown_type_is_counted():
+    """A newer writer's event is counted by its type, and nothing else changes."""
+    view = folded({"type": "weather.reported", "wind": 3}).view
+    assert view["counts"]["unknown_types"] == {"weather.reported": 1}
+    assert (view["decisions"]["total"], view["windows"]) == (0, None)
+
+
+# -- windows --------------------------------------------------------------------------------------
+
+
+def test_windows_go_by_event_time():
+    """A window counts the decisions of its buckets, up to the newest time seen."""
+    fold = folded(
+        decision("week", at=at(-6 * 24 * 60)),
+        decision("day", "deny", at=at(-23 * 60)),
+        decision("hour", at=at(-59)),
+        decision("now", "deny", at=at(0)),
+    )
+    windows = fold.view["windows"]
+    assert [windows[name]["decisions"] for name in ("1h", "24h", "7d")] == [2, 3, 4]
+    assert windows["24h"]["rates"]["deny"] == {"rate": 2 / 3, "numerator": 2, "denominator": 3}
+    assert windows["1h"]["since"] == "2026-11-02T11:01:00.000Z"
+    assert windows["newest_at"] == "2026-11-02T12:00:00.000Z"
+
+
+def test_windows_forget_what_is_too_old():
+    """When the newest time moves on, what fell out of a window is not counted there any more."""
+    fold = folded(decision("old", at=at(-61)), decision("new", at=at(0)))
+    assert fold.view["windows"]["1h"]["decisions"] == 1
+    fold.add({"type": "mode.changed", "mode": "strict", "at": at(60)}, NOON_MS + 60 * MINUTE_MS)
+    assert fold.view["windows"]["1h"]["decisions"] == 0
+    assert fold.view["windows"]["24h"]["decisions"] == 2
+
+
+def test_late_decision_counts_where_its_bucket_still_is():
+    """A late decision counts in totals, in windows that still reach it, and in `late`."""
+    fold = folded(decision("now", at=at(0)), decision("late", at=at(-90)))
+    view = fold.view
+    assert view["decisions"]["total"] == 2
+    assert [view["windows"][name]["decisions"] for name in ("1h", "24h")] == [1, 2]
+    assert view["counts"]["late"] == {"total": 1, "1h": 1, "24h": 0, "7d": 0}
+
+
+@pytest.mark.parametrize("minutes", [60, 61, 118, 7 * 24 * 60])
+def test_late_decision_leaves_newer_buckets_alone(minutes):
+    """What is too late for a window does not take the place of what is in it."""
+    fold = folded(*(decision(f"n{n}", at=at(-n)) for n in range(3)))
+    fold.add(decision("late", at=at(-minutes)))
+    windows = fold.view["windows"]
+    assert windows["1h"]["decisions"] == 3
+    assert windows["7d"]["decisions"] == 3 + (minutes < 7 * 24 * 60)
+
+
+def test_same_minute_is_not_late():
+    """Engines need not be in order within a minute: late begins with the minute before."""
+    fold = folded(decision("1", at=at(0).replace(":00Z", ":50Z")), decision("2", at=at(0)))
+    assert fold.view["counts"]["late"]["total"] == 0
+    fold.add(decision("3", at=at(-1).replace(":00Z", ":59Z")))
+    assert fold.view["counts"]["late"] == {"total": 1, "1h": 0, "24h": 0, "7d": 0}
+
+
+def test_buckets_add_up_to_windows():
+    """A reader that sums the published buckets gets the published windows."""
+    fold = folded(*(decision(str(n), at=at(-7 * n)) for n in range(40)))
+    windows = fold.view["windows"]
+    column = windows["buckets"]["columns"].index("allow")
+    assert sum(row[column] for row in windows["buckets"]["minutes"]) == windows["1h"]["allow"]
+    assert sum(row[column] for row in windows["buckets"]["hours"]) == windows["7d"]["allow"] == 40
+
+
+@pytest.mark.parametrize(
+    ("text", "ms"),
+    [
+        ("2026-11-02T12:00:00Z", NOON_MS),
+        ("2026-11-02T11:59:59.123456Z", NOON_MS - 877),
+        ("2026-11-02T11:59:59.9Z", NOON_MS - 100),
+        ("1969-12-31T23:59:59.999Z", -1),
+        (None, NOON_MS),
+    ],
+)
+def test_at_is_read_to_the_millisecond(text, ms):
+    """The time of a decision is its `at`, or the ledger's where it has none."""
+    fold = folded(decision(at=text) if text else decision())
+    assert fold.state["newest_ms"] == ms
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "now", "2026-11-02", "2026-11-02T12:00Z", "2026-11-02T12:00:00", 17, True, [], {}),
+        *("2026-13-02T12:00:00Z", "2026-11-02T12:00:60Z", "2026-11-02T12:00:00+00:00"),
+        *("2026-11-02T12:00:00.Z", "2026-11-02T12:00:00.1234567890Z", "2026-11-02t12:00:00z"),
+        *("2026-11-02T12:00:00Z\n", "٢٠٢٦-11-02T12:00:00Z", "2026-11-02T12:00:00.٣Z"),
+    ],
+)
+def test_time_that_is_none_is_refused(text):
+    """An `at` that is not RFC 3339 in UTC cannot be folded."""
+    assert Fold().add(decision(at=text))
+
+
+def test_at_ahead_of_the_ledger_is_refused():
+    """Five minutes ahead of the recorded time is folded; a millisecond more is not."""
+    fold = Fold()
+    assert fold.add(decision("1", at="2026-11-02T12:05:00Z")) is None
+    assert "ahead" in fold.add(decision("2", at="2026-11-02T12:05:00.001Z"))
+    assert fold.add(decision("3", at="2026-11-02T12:05:00.001Z"), NOON_MS + 1) is None
+    assert fold.view["counts"]["quarantined"] == 1
+
+
+# -- policies and the rest of what governs --------------------------------------------------------
+
+
+def activated(name, **fields):
+    return {"type": "policy.activated", "policy": policy(name) | fields}
+
+
+def test_policy_version_begins_with_fresh_windows():
+    """A new version's counters and windows hold only its own decisions."""
+    fold = folded(
+        activated("p@1"),
+        decision("1", "deny", policies=[policy("p@1")]),
+        activated("p@2", hash="h2"),
+        decision("2", "allow", policies=[policy("p@2")]),
+        decision("3", "deny", policies=[policy("p@1")]),
+    )
+    policies = fold.view["policies"]
+    assert policies["active_count"] == 1
+    active = policies["active"]["p"]
+    assert (active["version"], active["hash"], active["seq"]) == ("2", "h2", 3)
+    assert (active["windows"]["24h"]["allow"], active["windows"]["24h"]["deny"]) == (1, 0)
+    assert [row["version"] for row in policies["history"]] == ["2", "1"]
+    assert fold.view["decisions"]["by_policy"]["p@1"]["deny"] == 2
+
+
+def test_policy_that_is_announced_again_keeps_its_windows():
+    """Activating what is active changes nothing but the history; another hash is a fresh start."""
+    fold = folded(activated("p@1"), decision("1", policies=[policy("p@1")]), activated("p@1"))
+    assert fold.view["policies"]["active"]["p"]["windows"]["7d"]["decisions"] == 1
+    fold.add(activated("p@1", hash="other"))
+    assert fold.view["policies"]["active"]["p"]["windows"]["7d"]["decisions"] == 0
+
+
+def test_policy_deactivated():
+    """The active version is taken out; a version that is not active is a conflict."""
+    off = {"type": "policy.deactivated", "policy": policy("p@1")}
+    fold = folded(activated("p@1"), {**off, "policy": policy("p@2")}, off, off)
+    view = fold.view
+    assert view["policies"]["active"] == {}
+    assert view["counts"]["conflicts"]["policy_not_active"] == 2
+    assert [row["change"] for row in view["policies"]["history"]][:2] == ["deactivated"] * 2
+    assert fold.state["policy_windows"] == {}
+
+
+def test_constitution_mismatches_are_counted():
+    """Decisions that name another constitution than the active one count, and are folded."""
+    fold = folded(
+        decision("0", constitutional_hash="c0"),
+        {"type": "constitution.activated", "constitutional_hash": "c1"},
+        decision("1", constitutional_hash="c1"),
+        decision("2", constitutional_hash="c0"),
+        decision("3"),
+    )
+    constitution = fold.view["constitution"]
+    assert (constitution["active"], constitution["mismatched_decisions"]) == ("c1", 1)
+    assert fold.view["decisions"]["total"] == 4
+
+
+def threshold(old, new, **fields):
+    change = {"type": "threshold.changed", "scope": "p", "level": "high", "new": new, **fields}
+    return change if old is None else {**change, "old": old}
+
+
+def test_threshold_moves_only_from_its_value():
+    """A change whose `old` is not the current value is a conflict and changes nothing."""
+    fold = folded(threshold(0.6, 0.5), threshold(0.6, 0.4), threshold(0.5, 0.3, id="set-it"))
+    thresholds = fold.view["thresholds"]
+    (row,) = thresholds["current"]
+    assert (row["value"], row["version"], row["event_id"], row["seq"]) == (0.3, 3, "set-it", 3)
+    assert (thresholds["count"], thresholds["changes"]) == (1, 2)
+    assert fold.view["counts"]["conflicts"]["threshold_old_mismatch"] == 1
+
+
+def test_first_threshold_without_old_is_version_one():
+    """Where no value was before, the first one is version 1; scopes and levels stand apart."""
+    fold = folded(threshold(None, 0.5), threshold(None, 0.7, level="low"), threshold(None, 0.1))
+    rows = {row["level"]: row for row in fold.view["thresholds"]["current"]}
+    assert (rows["high"]["value"], rows["high"]["version"]) == (0.5, 1)
+    assert rows["low"]["value"] == 0.7
+    assert fold.view["counts"]["conflicts"]["total"] == 1
+
+
+def test_mode_and_pause():
+    """The mode is the latest; a change that says nothing of learning leaves it as it is."""
+    fold = folded(
+        {"type": "mode.changed", "mode": "adaptive", "learning_paused": True},
+        {"type": "mode.changed", "mode": "strict"},
+    )
+    mode = fold.view["mode"]
+    assert (mode["mode"], mode["learning_paused"], mode["changes"]) == ("strict", True, 2)
+
+
+def test_waivers():
+    """A granted waiver is listed with its expiry until it is revoked; an unknown one conflicts."""
+    granted = {"type": "waiver.granted", "waiver_id": "w1", "scope": "p"}
+    fold = folded(
+        {**granted, "expires_at": "2026-12-01T00:00:00Z"},
+        {**granted, "waiver_id": "w2"},
+        {"type": "waiver.revoked", "waiver_id": "w2"},
+        {"type": "waiver.revoked", "waiver_id": "w3"},
+    )
+    waivers = fold.view["waivers"]
+    assert waivers["count"] == 1
+    assert waivers["oldest"][0]["expires_at"] == "2026-12-01T00:00:00.000Z"
+    assert fold.view["counts"]["conflicts"]["waiver_unknown"] == 1
+
+
+def test_expired_waivers_make_room():
+    """Among 256 waivers those that had expired by event time give way to a new one."""
+    granted = {"type": "waiver.granted", "scope": "p"}
+    fold = folded(
+        *({**granted, "waiver_id": f"w{n}"} for n in range(255)),
+        {**granted, "waiver_id": "expired", "expires_at": at(-1)},
+        {**granted, "waiver_id": "new"},
+        {**granted, "waiver_id": "too many"},
+    )
+    assert fold.view["waivers"]["count"] == 256
+    assert "new" in fold.state["waivers"]
+    assert "expired" not in fold.state["waivers"]
+    assert fold.view["bounds"]["overflowed"] == {"waivers": 1}
+
+
+def test_agent_events_are_counted():
+    """Roles and trust are counted here; what they mean is another projection's."""
+    fold = folded(
+        {"type": "agent.role_assigned", "agent": {"id": "a"}, "role": "executive"},
+        {"type": "agent.trust_adjusted", "agent": {"id": "a"}, "delta": -0.1},
+    )
+    assert fold.view["agents"] == {"roles_assigned": 1, "trust_adjustments": 1}
+
+
+# -- what follows a decision ----------------------------------------------------------------------
+
+
+def test_escalation_is_pending_until_resolved():
+    """An escalated decision is listed with its deadline and closes with its resolution."""
+    deadline = "2026-11-02T13:00:00Z"
+    fold = folded(decision("e", "escalate", expires_at=deadline, required_approvals=2))
+    escalations = fold.view["escalations"]
+    assert (escalations["opened"], escalations["pending"]) == (1, 1)
+    assert escalations["oldest"][0]["deadline"] == deadline
+    assert escalations["oldest"][0]["required_approvals"] == 2
+    fold.add(follow_up("escalation.resolved", "e", resolution="approved"))
+    escalations = fold.view["escalations"]
+    assert (escalations["pending"], escalations["oldest"]) == (0, [])
+    assert escalations["resolved"]["approved"] == 1
+    assert fold.decision("e") == {"resolution": "approved", "effective_verdict": "allow"}
+
+
+@pytest.mark.parametrize(
+    ("resolution", "verdict"),
+    [("approved", "allow"), ("rejected", "deny"), ("expired", "deny"), ("cancelled", "deny")],
+)
+def test_resolution_sets_the_effective_verdict(resolution, verdict):
+    """Only an approval lets the action happen; the engine's own count stays."""
+    fold = folded(
+        decision("e", "escalate"), follow_up("escalation.resolved", "e", resolution=resolution)
+    )
+    decisions = fold.view["decisions"]
+    assert decisions["by_effective_verdict"][verdict] == 1
+    assert decisions["by_effective_verdict"]["escalate"] == 0
+    assert decisions["by_verdict"]["escalate"] == 1
+
+
+def test_resolution_of_what_is_not_pending_conflicts():
+    """A second resolution, or one of a decision that was not escalated, changes nothing."""
+    fold = folded(
+        decision("e", "escalate"),
+        decision("d"),
+        follow_up("escalation.resolved", "e", resolution="rejected"),
+        follow_up("escalation.resolved", "e", resolution="approved"),
+        follow_up("escalation.resolved", "d", resolution="approved"),
+    )
+    assert fold.view["counts"]["conflicts"]["resolution_not_pending"] == 2
+    assert fold.decision("e")["effective_verdict"] == "deny"
+    assert "decision:d" not in fold.stored
+
+
+def vote(reviewer, approve=True, **fields):
+    return follow_up("escalation.voted", "e", reviewer=reviewer, approve=approve, **fields)
+
+
+def test_one_vote_a_reviewer():
+    """The latest vote of each reviewer counts; advisory ones and the agent's own do not."""
+    fold = folded(
+        decision("e", "escalate"),
+        vote("r1"),
+        vote("r1", approve=False),
+        vote("r2"),
+        vote("r3", reviewer_kind="advisory"),
+        vote("agent-1"),
+    )
+    escalations = fold.view["escalations"]
+    (row,) = escalations["oldest"]
+    assert (row["approvals"], row["rejections"]) == (1, 1)
+    assert escalations["votes"] == {"approve": 2, "reject": 1, "advisory": 1, "own_action": 1}
+
+
+def test_vote_after_the_end_conflicts():
+    """A vote on what is not pending changes no tally."""
+    fold = folded(
+        decision("e", "escalate"),
+        follow_up("escalation.resolved", "e", resolution="expired"),
+        vote("r1"),
+    )
+    assert fold.view["counts"]["conflicts"]["vote_not_pending"] == 1
+    assert "votes" not in fold.decision("e")
+
+
+def test_list_of_pending_is_bounded_and_its_overflow_closes():
+    """Beyond a thousand, pending escalations are counted, findable by seq, and close the same."""
+    fold = folded(*(decision(f"e{n}", "escalate") for n in range(1_003)))
+    escalations = fold.view["escalations"]
+    assert (escalations["pending"], escalations["unlisted"]) == (1_003, 3)
+    assert escalations["unlisted_from_seq"] == 1_001
+    assert [row["decision_id"] for row in escalations["oldest"]] == [f"e{n}" for n in range(50)]
+    fold.add(follow_up("escalation.resolved", "e0", resolution="rejected"))
+    fold.add(decision("younger", "escalate"))
+    assert fold.view["escalations"]["unlisted"] == 4
+    assert "younger" not in fold.state["pending"], "the list holds the oldest ones"
+    for name in ("e1000", "e1001", "e1002", "younger"):
+        fold.add(follow_up("escalation.resolved", name, resolution="approved"))
+    escalations = fold.view["escalations"]
+    assert (escalations["pending"], escalations["unlisted"]) == (999, 0)
+    assert escalations["unlisted_from_seq"] is None
+    fold.add(decision("listed again", "escalate"))
+    assert "listed again" in fold.state["pending"]
+
+
+def override(before, after, decision_id="d", reviewer="r1"):
+    return follow_up(
+        "decision.overridden",
+        decision_id,
+        reviewer=reviewer,
+        from_verdict=before,
+        to_verdict=after,
+    )
+
+
+def test_override_changes_the_effective_verdict_alone():
+    """An override counts by direction, policy and reviewer; what the engine said stays."""
+    fold = folded(
+        decision("d", "deny", policies=[policy("p@1")]),
+        override("deny", "allow"),
+        override("allow", "deny", reviewer="r2"),
+    )
+    view = fold.view
+    assert view["decisions"]["by_verdict"]["deny"] == 1
+    assert view["overrides"] == {
+        "events": 2,
+        "decisions": 1,
+        "by_direction": {"allow→deny": 1, "deny→allow": 1},
+        "by_policy": {"p@1": 2},
+        "by_reviewer": {"r1": 1, "r2": 1},
+    }
+    assert view["rates"]["override"] == {"rate": 1.0, "numerator": 1, "denominator": 1}
+    assert view["windows"]["1h"]["overridden"] == 1
+    assert fold.decision("d") == {"overrides": 2, "effective_verdict": "deny"}
+
+
+def test_override_from_another_verdict_conflicts_and_counts():
+    """`from_verdict` may be the engine's or the effective one; else it is a conflict, and done."""
+    fold = folded(decision("d", "deny"), override("escalate", "allow"))
+    assert fold.view["counts"]["conflicts"]["override_from_mismatch"] == 1
+    assert fold.view["decisions"]["by_effective_verdict"]["allow"] == 1
+
+
+def test_resolution_after_an_override_leaves_the_effective_verdict():
+    """An expired escalation does not undo what a person said."""
+    fold = folded(
+        decision("d", "escalate"),
+        override("escalate", "allow"),
+        follow_up("escalation.resolved", resolution="expired"),
+    )
+    assert fold.decision("d")["effective_verdict"] == "allow"
+    assert fold.view["escalations"]["pending"] == 0
+
+
+def test_outcomes():
+    """Each report counts by kind; the decision keeps the latest."""
+    fold = folded(
+        decision("d"),
+        follow_up("outcome.reported", outcome="timed_out"),
+        follow_up("outcome.reported", outcome="succeeded"),
+    )
+    outcomes = fold.view["outcomes"]
+    assert (outcomes["total"], outcomes["timed_out"], outcomes["succeeded"]) == (2, 1, 1)
+    assert fold.decision("d") == {"outcome": "succeeded"}
+
+
+def feedback(word, correct=None, reviewer="r1"):
+    given = follow_up("feedback.recorded", reviewer=reviewer, feedback=word)
+    return given if correct is None else {**given, "correct_verdict": correct}
+
+
+@pytest.mark.parametrize(
+    ("verdict", "word", "correct", "cell"),
+    [
+        ("deny", "positive", None, "tp"),
+        ("escalate", "positive", None, "tp"),
+        ("deny", "negative", None, "fp"),
+        ("allow", "positive", None, "tn"),
+        ("allow", "negative", None, "fn"),
+        ("transform", "negative", None, "fn"),
+        ("allow", "negative", "deny", "fn"),
+        ("allow", "positive", "escalate", "fn"),
+        ("deny", "correction", "allow", "fp"),
+        ("deny", "correction", "escalate", "tp"),
+        ("error", "correction", "allow", "tn"),
+        ("deny", "neutral", "allow", "neutral"),
+    ],
+)
+def test_confusion_matrix(verdict, word, correct, cell):
+    """Feedback counts in the cell that its definition says, overall and for the policy."""
+    fold = folded(decision("d", verdict, policies=[policy("p@1")]), feedback(word, correct))
+    matrix = fold.view["feedback"]["overall"]
+    assert [name for name in ("tp", "fp", "tn", "fn", "neutral") if matrix[name]] == [cell]
+    assert matrix["decisions"] == 1
+    assert fold.view["feedback"]["by_policy"]["p@1"] == matrix
+
+
+def test_latest_feedback_of_a_reviewer_counts():
+    """Who judges a decision again takes the first judgement back; a second reviewer adds one."""
+    fold = folded(
+        decision("1"),
+        decision("d", "deny"),
+        feedback("negative"),
+        feedback("positive"),
+        feedback("negative", reviewer="r2"),
+    )
+    given = fold.view["feedback"]
+    assert (given["overall"]["tp"], given["overall"]["fp"]) == (1, 1)
+    assert (given["events"], given["overall"]["decisions"]) == (3, 1)
+    assert given["coverage"] == {"rate": 0.5, "numerator": 1, "denominator": 2}
+    assert given["overall"]["false_positive_rate"]["numerator"] == 1
+
+
+def test_reviewers_of_a_decision_are_bounded():
+    """The 257th reviewer of one decision is counted as not kept, and changes no matrix."""
+    fold = folded(decision("d"), *(feedback("positive", reviewer=f"r{n}") for n in range(257)))
+    assert fold.view["feedback"]["overall"]["tn"] == 256
+    assert fold.view["bounds"]["overflowed"] == {"reviewers_of_a_decision": 1}
+
+
+@pytest.mark.parametrize("kind", FOLLOW_UPS)
+def test_orphans(kind):
+    """A follow-up without its decision is counted by type; a later decision does not mend it."""
+    body = {
+        "escalation.voted": {"reviewer": "r", "approve": True},
+        "escalation.resolved": {"resolution": "approved"},
+        "decision.overridden": {"reviewer": "r", "from_verdict": "deny", "to_verdict": "allow"},
+        "outcome.reported": {"outcome": "failed"},
+        "feedback.recorded": {"reviewer": "r", "feedback": "positive"},
+    }[kind]
+    fold = folded(follow_up(kind, "d", **body), decision("d"))
+    assert fold.view["counts"]["orphans"] == {
+        "total": 1,
+        **dict.fromkeys(FOLLOW_UPS, 0),
+        kind: 1,
+    }
+    assert set(fold.stored) == {"state"}
+
+
+def test_what_follows_a_quarantined_decision_is_an_orphan():
+    """A decision that could not be folded has no follow-ups: the counts stay consistent."""
+    fold = Fold()
+    assert fold.add(decision("bad", "escalate", latency_ms=-1))
+    assert fold.add(decision("ahead", "escalate", at="2026-11-02T13:00:00Z"))
+    for name in ("bad", "ahead"):
+        fold.add(follow_up("escalation.resolved", name, resolution="approved"))
+    view = fold.view
+    assert view["counts"]["orphans"]["escalation.resolved"] == 2
+    assert (view["escalations"]["pending"], view["counts"]["quarantined"]) == (0, 2)
+
+
+def test_other_event_as_subject_is_an_orphan():
+    """A `decision_id` that names an event of another type counts as an orphan."""
+    fold = folded({"type": "mode.changed", "mode": "strict", "id": "m"})
+    entry = Entry.of("acgs-dev", f"{NOON_MS}-2", {"id": "x", **feedback("positive")})
+    entities = {"state": fold.state}
+    other = Subject(1, NOON_MS, {"type": "mode.changed", "mode": "strict", "id": "m"})
+    GOVERNANCE.apply(entities, entry, other)
+    assert entities["state"]["orphans"]["feedback.recorded"] == 1
+
+
+def test_precedents_are_what_people_made_of_an_action():
+    """A resolution or override by a person is kept by action, resource and arguments."""
+    action = {"type": "pay", "resource": "bank", "args_hash": "sha256:1"}
+    fold = folded(
+        decision("1", "escalate", action=action),
+        decision("2", "deny", action=action),
+        decision("3", "escalate", action={"type": "pay"}),
+        follow_up("escalation.resolved", "1", resolution="rejected"),
+        override("deny", "allow", "2"),
+        follow_up("escalation.resolved", "3", resolution="approved"),
+    )
+    assert fold.view["precedents"] == {
+        "count": 1,
+        "latest": [
+            {**dict(zip(("action", "resource"), ("pay", "bank"), strict=True))}
+            | {"args_hash": "sha256:1", "effective_verdict": "allow", "times": 2}
+            | {"decision_id": "2", "seq": 5}
+        ],
+    }
+
+
+# -- what cannot be folded ------------------------------------------------------------------------
+
+VALID = [
+    decision(
+        verdict="escalate",
+        at=at(0),
+        constitutional_hash="c",
+        impact_level="low",
+        policies=[policy("p@1")],
+        rules=[{"id": "r", "effect": "match"}],
+        latency_ms=1.5,
+        required_approvals=1,
+        expires_at=at(1),
+    ),
+    vote("r", reviewer_kind="human"),
+    follow_up("escalation.resolved", resolution="approved"),
+    override("deny", "allow"),
+    follow_up("outcome.reported", outcome="failed"),
+    feedback("correction", "deny"),
+    activated("p@1", hash="h"),
+    {"type": "policy.deactivated", "policy": policy("p@1")},
+    {"type": "constitution.activated", "constitutional_hash": "c"},
+    threshold(0.5, 1),
+    {"type": "mode.changed", "mode": "strict", "learning_paused": False},
+    {"type": "agent.role_assigned", "agent": {"id": "a"}, "role": "r"},
+    {"type": "agent.trust_adjusted", "agent": {"id": "a"}, "delta": 0.1},
+    {"type": "waiver.granted", "waiver_id": "w", "scope": "s", "expires_at": at(1)},
+    {"type": "waiver.revoked", "waiver_id": "w"},
+]
+OPTIONAL = {
+    *("at", "reviewer_kind", "constitutional_hash", "impact_level", "policies", "rules", "hash"),
+    *("latency_ms", "required_approvals", "expires_at", "effect", "learning_paused", "old"),
+}
+NOT_READ = {"type", "rules.0.id"}
+
+
+def places(value, path=()):
+    """Every path into nested JSON, the root left out."""
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, inner in items:
+        yield (*path, key)
+        if isinstance(inner, (dict, list)):
+            yield from places(inner, (*path, key))
+
+
+def changed(event, path, edit):
+    """A copy of the event where `edit(container, key)` was called at the path."""
+    event = orjson.loads(orjson.dumps(event))
+    container = event
+    for key in path[:-1]:
+        container = container[key]
+    edit(container, path[-1])
+    return event
+
+
+def put(bad):
+    return lambda container, key: container.__setitem__(key, bad)
+
+
+READ_PLACES = [
+    pytest.param(event, path, id=f"{event['type']}-{'.'.join(map(str, path))}")
+    for event in VALID
+    for path in places(event)
+    if ".".join(map(str, path)) not in NOT_READ
+]
+
+
+def test_valid_bodies_fold():
+    """Every body that the next tests spoil is good before that."""
+    assert folded(*VALID).refused == {}
+
+
+@pytest.mark.parametrize(("event", "path"), READ_PLACES)
+def test_field_of_another_json_type_is_refused_whole(event, path):
+    """A field that is read and has another JSON type is Unfoldable, and nothing has changed."""
+    value = event
+    for key in path:
+        value = value[key]
+    for bad in (7.5, True, "text", ["text"], {"x": 1}):
+        fold = folded(decision(verdict="escalate", id="before"))
+        reason = fold.add(changed(event, path, put(bad)))
+        if type(bad) is not type(value) and not (bad == 7.5 and type(value) is int):
+            assert reason or path == ("required_approvals",), f"{bad!r} was folded"
+
+
+@pytest.mark.parametrize(("event", "path"), READ_PLACES)
+def test_missing_field_is_refused_whole(event, path):
+    """A required field that is missing is Unfoldable; an optional one may be."""
+    reason = Fold().add(changed(event, path, lambda container, key: container.pop(key)))
+    optional = path[-1] in OPTIONAL or isinstance(path[-1], int)
+    if path == ("constitutional_hash",):
+        optional = event["type"] == DECISION
+    if path == ("id",):
+        optional = True  # `Fold` gives it one
+    assert bool(reason) is not optional
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        decision(verdict="maybe"),
+        decision(impact_level="huge"),
+        decision(rules=[{"effect": "explosion"}]),
+        decision(latency_ms=-0.001),
+        follow_up("escalation.resolved", resolution="forgotten"),
+        follow_up("outcome.reported", outcome="exploded"),
+        override("deny", "maybe"),
+        feedback("glowing"),
+        feedback("correction"),
+        feedback("negative", "maybe"),
+        {"type": "mode.changed", "mode": "party"},
+    ],
+)
+def test_unknown_word_is_refused(event):
+    """A word outside a closed vocabulary is not counted as another one."""
+    assert Fold().add(event)
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"[]", b"7", b'"x"', b"null", b'{"id":"x"}', b"\xff"])
+def test_data_that_is_no_event_is_refused(data):
+    """An entry whose data is not a JSON object with a type is Unfoldable."""
+    fields = [b"type", b"decision.recorded", b"id", b"x", b"data", data]
+    fold = folded(decision())
+    entry = Entry("acgs-dev", 2, f"{NOON_MS}-2".encode(), fields)
+    assert fold.add_entry(entry)
+    assert fold.view["decisions"]["total"] == 1
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-5, 5)
+    | st.floats(allow_nan=False)
+    | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2)
+    ),
+    max_leaves=4,
+)
+
+
+@settings(max_examples=300)
+@given(st.sampled_from(VALID), st.data())
+def test_any_json_is_folded_or_refused(event, data):
+    """Whatever stands in any field, an entry folds or is Unfoldable; `Fold` checks the rest."""
+    path = data.draw(st.sampled_from(list(places(event))))
+    fold = folded(decision("d", "escalate"))
+    fold.add(changed(event, path, put(data.draw(JSON))))
+    fold.add(follow_up("escalation.resolved", resolution="approved"))
+    fold.add(feedback("positive"))
+    assert len(orjson.dumps(fold.view)) < 256 * 1024
+
+
+# -- every history --------------------------------------------------------------------------------
+
+VERDICTS = ("allow", "deny", "escalate", "transform", "abstain", "error")
+POLICIES = ("p@1", "p@2", "q@1")
+REVIEWERS = ("r1", "r2", "agent-0")
+NUMBERS = st.tuples(*[st.integers(0, 11)] * 6)
+
+
+def event_of(numbers, earlier):
+    """One event out of six small numbers; `earlier` is how many went before."""
+    kind, a, b, c, d, time = numbers
+    target = f"d{max(earlier - 1 - a, 0)}"
+    reviewer, verdict = REVIEWERS[b % 3], VERDICTS[c % 6]
+    makers = [
+        lambda: decision_of(earlier, a, b, c, d),
+        lambda: decision_of(earlier, a, b, 2, d),
+        lambda: follow_up(
+            "escalation.voted",
+            target,
+            reviewer=reviewer,
+            approve=c % 2 == 0,
+            reviewer_kind=("human", "service", "advisory")[d % 3],
+        ),
+        lambda: follow_up(
+            "escalation.resolved",
+            target,
+            resolution=("approved", "rejected", "expired", "cancelled")[c % 4],
+        ),
+        lambda: override(verdict, VERDICTS[d % 6], target, reviewer),
+        lambda: follow_up("outcome.reported", target, outcome=("failed", "succeeded")[c % 2]),
+        lambda: {
+            **follow_up("feedback.recorded", target, reviewer=reviewer),
+            "feedback": ("positive", "negative", "neutral", "correction")[c % 4],
+            **({"correct_verdict": VERDICTS[d % 6]} if c % 4 == 3 or d % 2 else {}),
+        },
+        lambda: activated(POLICIES[a % 3]),
+        lambda: {"type": "policy.deactivated", "policy": policy(POLICIES[a % 3])},
+        lambda: threshold((None, 1, 2)[a % 3], 1 + b % 2, level=("low", "high")[c % 2]),
+        lambda: (
+            {"type": ("waiver.granted", "waiver.revoked")[a % 2], "waiver_id": f"w{b % 3}"}
+            | {"scope": "s"}
+        ),
+        lambda: {"type": ("mode.changed", "from.the.future")[a % 2], "mode": "strict"},
+    ]
+    event = {"id": f"d{earlier}", **makers[kind]()}
+    minutes = (0, 0, 0, 3, -1, -2, -59, -60, -62, -24 * 60, -7 * 24 * 60, 6)[time]
+    return event if time == 1 else {**event, "at": at(minutes + earlier)}
+
+
+def decision_of(earlier, a, b, c, d):
+    event = decision(f"d{earlier}", VERDICTS[c % 6], agent={"id": f"agent-{a % 2}"})
+    event["action"] = {"type": ("pay", "mail")[b % 2], "args_hash": str(d)}
+    if a % 3:
+        event["policies"] = [policy(name) for name in POLICIES[: a % 3 + b % 2]]
+    if b % 3:
+        event["rules"] = [{"effect": ("match", "warning", "violation")[n % 3]} for n in (a, d)]
+    if d % 3:
+        event["impact_level"] = ("low", "high")[d % 2]
+    return event
+
+
+HISTORIES = st.lists(NUMBERS, max_size=60).map(
+    lambda steps: [
+        (NOON_MS + number * MINUTE_MS, event_of(numbers, number))
+        for number, numbers in enumerate(steps)
+    ]
+)
+
+
+def fold_of(history, chunk):
+    fold = Fold(chunk, watched=False)
+    for recorded_ms, event in history:
+        fold.add(event, recorded_ms)
+    fold.flush()
+    return fold
+
+
+@settings(max_examples=150)
+@given(HISTORIES)
+def test_counts_equal_an_independent_fold(history):
+    """For any history the published numbers are those of a fold of nothing but dictionaries."""
+    fold = fold_of(history, chunk=1_000)
+    assert published(fold.view, len(fold.refused)) == reference(history)
+    assert fold.view["counts"]["quarantined"] == len(fold.refused)
+
+
+@settings(max_examples=60)
+@given(HISTORIES, st.integers(1, 20))
+def test_chunks_do_not_matter(history, chunk):
+    """Entities are the same bytes however the entries are cut, stored and loaded in between."""
+    assert fold_of(history, chunk).stored == fold_of(history, 1_000).stored
+
+
+def test_fold_is_pure():
+    """The same input twice gives the same bytes, and the input is as it was."""
+    history = [(NOON_MS, event) for event in VALID * 3]
+    before = orjson.dumps(history)
+    first, second = fold_of(history, 4), fold_of(history, 4)
+    assert first.stored == second.stored
+    assert orjson.dumps(history) == before
+    state = first.state
+    assert orjson.dumps(first.view) == orjson.dumps(second.view)
+    GOVERNANCE.view(state)
+    assert state == second.state, "a view changed the state"
+
+
+# -- bounds ---------------------------------------------------------------------------------------
+
+
+def test_names_beyond_256_count_as_other():
+    """A dimension keeps its first 256 names; later and too long ones count as `other`."""
+    fold = folded(*(decision(f"d{n}", action={"type": f"a{n}"}) for n in range(258)))
+    fold.add(decision("long", action={"type": "x" * 129}))
+    fold.add(decision("again", action={"type": "a0"}))
+    by_action = fold.view["decisions"]["by_action_type"]
+    assert len(by_action) == 257
+    assert (by_action["a0"]["decisions"], by_action["other"]["decisions"]) == (2, 3)
+    assert fold.view["bounds"]["overflowed"] == {"action_types": 3}
+    assert fold.view["recent"][1]["action"].startswith("xxxxxxxxxxxxxxxx…")
+
+
+def test_name_is_measured_as_json():
+    """128 bytes are meant as they are stored: a control character takes six of them."""
+    fold = folded(
+        decision("1", action={"type": "\x01" * 21}),
+        decision("2", action={"type": "\x01" * 22}),
+        decision("3", action={"type": "é" * 64}),
+        decision("4", action={"type": "é" * 65}),
+        decision("5", action={"type": "other"}),
+    )
+    by_action = fold.view["decisions"]["by_action_type"]
+    assert {name: cell["decisions"] for name, cell in by_action.items()} == {
+        "\x01" * 21: 1,
+        "é" * 64: 1,
+        "other": 3,
+    }
+    assert fold.view["bounds"]["overflowed"] == {"action_types": 2}
+
+
+def test_policies_that_share_other_count_it_once():
+    """A decision of which two policies do not fit counts once in `other`, overridden or judged."""
+    long_ones = [policy(f"{'p' * 200}@{n}") for n in range(2)]
+    fold = folded(
+        decision("d", "deny", policies=[*long_ones, policy("p@1")]),
+        override("deny", "allow"),
+        feedback("negative"),
+    )
+    view = fold.view
+    by_policy = view["decisions"]["by_policy"]
+    assert {name: cell["deny"] for name, cell in by_policy.items()} == {"other": 1, "p@1": 1}
+    assert by_policy["other"]["overridden"] == 1
+    assert view["overrides"]["by_policy"] == {"other": 1, "p@1": 1}
+    assert view["feedback"]["by_policy"]["other"]["fp"] == 1
+
+
+def hostile_events(filler):
+    """More distinct long names than fit, everywhere that a name can be."""
+    for n in range(300):
+        name = f"{n:03}{filler}"
+        ref = {"id": name, "version": name[:40], "hash": name * 3}
+        yield {"type": "policy.activated", "policy": ref}
+        yield decision(
+            f"d{name}",
+            "escalate",
+            agent={"id": name},
+            action={"type": name, "resource": name * 9, "args_hash": name * 3},
+            policies=[ref, {**ref, "version": "2"}],
+            expires_at=at(n),
+        )
+        yield decision(f"deny{name}", "deny", policies=[{"id": name[:60], "version": str(n)}])
+        yield override("deny", "allow", f"deny{name}", name)
+        yield {**feedback("positive", reviewer=name), "decision_id": f"deny{name}"}
+        yield follow_up("escalation.voted", f"d{name}", reviewer=name, approve=True)
+        yield threshold(None, n, scope=name, level=name)
+        yield {"type": "waiver.granted", "waiver_id": name, "scope": name * 4}
+        yield {"type": "constitution.activated", "constitutional_hash": name * 4}
+        yield {"type": name}
+    for n in range(1_100):
+        action = {"type": filler, "resource": filler, "args_hash": str(n)}
+        yield decision(f"{n}{filler}", "escalate", action=action)
+    for n in range(600):
+        yield follow_up("escalation.resolved", f"{n}{filler}", resolution="rejected")
+
+
+@pytest.mark.parametrize(
+    "filler",
+    [
+        pytest.param("x" * 125, id="as long as is kept"),
+        pytest.param("\x01" * 20, id="control characters"),
+        pytest.param('"\\' * 31, id="quotes"),
+        pytest.param("😀" * 31, id="four bytes each"),
+        pytest.param("y" * 500, id="too long"),
+        pytest.param("\x01" * 500, id="too long when escaped"),
+    ],
+)
+def test_view_stays_below_256_kib(filler):
+    """With every bounded part full of the longest names, the value still fits, and says so."""
+    fold = folded(*hostile_events(filler))
+    view = fold.view
+    assert len(orjson.dumps(view)) < 256 * 1024
+    assert {"thresholds", "waivers", "unknown_types"} <= set(view["bounds"]["overflowed"])
+    by_action = view["decisions"]["by_action_type"].values()
+    assert sum(cell["decisions"] for cell in by_action) == view["decisions"]["total"] == 1_700
+    assert view["bounds"]["names_shown"] >= 8
+    assert len(fold.stored["state"]) < 4 * 1024 * 1024
+
+
+LONG = st.text(st.characters(codec="utf-8"), min_size=1, max_size=20).flatmap(
+    lambda text: st.integers(1, 40).map(lambda times: text * times)
+)
+
+
+def named(number, first, second, third):
+    """Events that carry the names wherever the schema lets them."""
+    ref = {"id": first, "version": second, "hash": third}
+    return [
+        {"type": "policy.activated", "policy": ref},
+        decision(f"d{number}", "escalate", agent={"id": third}, action={"type": first}),
+        vote(second) | {"decision_id": f"d{number}"},
+        override("escalate", "deny", f"d{number}", third),
+        threshold(None, number, scope=second, level=third),
+        {"type": "waiver.granted", "waiver_id": first, "scope": third},
+    ]
+
+
+@settings(max_examples=40)
+@given(st.lists(st.tuples(LONG, LONG, LONG), max_size=25))
+def test_any_names_fold(names):
+    """Names of any characters and length fold in any chunks, and the value stays in its bounds."""
+    history = [
+        (NOON_MS, event) for number, row in enumerate(names) for event in named(number, *row)
+    ]
+    fold = fold_of(history, chunk=7)
+    assert fold.refused == {}
+    assert fold.stored == fold_of(history, 1_000).stored
+    assert len(orjson.dumps(fold.view)) < 256 * 1024
+
+
+# -- real data ------------------------------------------------------------------------------------
+
+
+def test_shipped_events_give_their_own_totals():
+    """Folding the shipped events tenant by tenant gives what a plain count of the file gives."""
+    folds, counts, directions = defaultdict(lambda: Fold(500, watched=False)), Counter(), Counter()
+    for line in (files("ledger") / "data" / "agentdojo-decisions.jsonl").read_bytes().splitlines():
+        event = orjson.loads(line)
+        tenant = event.pop("tenant")
+        counts[tenant, event["type"]] += 1
+        counts[tenant, event.get("verdict"), event.get("impact_level")] += 1
+        if event["type"] == "decision.overridden":
+            directions[f"{event['from_verdict']}→{event['to_verdict']}"] += 1
+        assert folds[tenant].add(event, NOON_MS) is None
+    assert len(folds) == 4
+    shown_directions = Counter()
+    for tenant, fold in folds.items():
+        view = fold.view
+        decisions = view["decisions"]
+        assert decisions["total"] == counts[tenant, "decision.recorded"]
+        for level, cell in decisions["by_impact_level"].items():
+            for verdict in VERDICTS:
+                assert cell[verdict] == counts[tenant, verdict, level]
+        assert view["outcomes"]["total"] == counts[tenant, "outcome.reported"]
+        assert view["feedback"]["overall"]["decisions"] == counts[tenant, "feedback.recorded"]
+        assert view["escalations"]["pending"] == 0
+        assert (
+            sum(view["escalations"]["resolved"].values()) == counts[tenant, "escalation.resolved"]
+        )
+        assert view["thresholds"]["changes"] == counts[tenant, "threshold.changed"]
+        assert view["counts"]["orphans"]["total"] == view["counts"]["conflicts"]["total"] == 0
+        assert view["bounds"]["overflowed"] == {}
+        shown_directions.update(view["overrides"]["by_direction"])
+    assert shown_directions == directions
