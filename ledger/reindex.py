@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+import orjson
 from redis import exceptions as redis_errors
 
 from ledger import errors, keys
@@ -119,7 +120,7 @@ async def _rebuild(
         values: list[bytes] = []
         for raw_id, fields in page:
             time_ms, id_seq = split_id(raw_id)
-            if fields[::2] == _OWN_FIELDS and ours(raw_id, id_seq, found.seq):
+            if fields[::2] == _OWN_FIELDS and ours(raw_id, fields, id_seq > found.seq):
                 found.seq = id_seq
                 where = time_ms.to_bytes(6, "big") + id_seq.to_bytes(6, "big")
                 values += [fields[3], where + hashlib.sha256(fields[5]).digest()]
@@ -134,16 +135,25 @@ async def _rebuild(
             on_progress(len(page))
 
 
-async def _ownership(server: Server, tenant: str) -> Callable[[bytes, int, int], bool]:
+async def _ownership(server: Server, tenant: str) -> Callable[[bytes, list[bytes], bool], bool]:
     """Tells our entries from foreign ones: by the registered incidents, or, where the head that
-    has them is gone, by whether the id carries a later ordinal.
+    has them is gone, by whether the id carries a later ordinal and the data is such an event.
     """
     walk = Walk(server, tenant)
     try:
         await walk.start_after(0)
     except errors.IndexBehind:
-        return lambda _, id_seq, seq: id_seq > seq
+        return lambda _, fields, later: later and _is_event(fields)
     return lambda raw_id, _, __: not walk.is_foreign(raw_id)
+
+
+def _is_event(fields: list[bytes]) -> bool:
+    try:
+        event = orjson.loads(fields[5])
+        named = [event["type"].encode(), event["id"].encode()]
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return False
+    return named == fields[1:4:2]
 
 
 async def _tail(server: Server, tenant: str) -> dict[bytes, Any]:

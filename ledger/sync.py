@@ -9,8 +9,9 @@ import asyncio
 import threading
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
 from datetime import datetime
-from typing import Any, Self, TypeVar
+from typing import Any, Final, Self, TypeVar
 
+from ledger import errors
 from ledger.append import Durability, Receipt
 from ledger.events import Event
 from ledger.ledger import Ledger as AsyncLedger
@@ -20,6 +21,9 @@ from ledger.stream import Entry, Head
 __all__ = ["Ledger"]
 
 T = TypeVar("T")
+
+_REPLAY_AT_ONCE: Final = 500
+"""A hop between threads costs more than an entry; who follows waits for each."""
 
 
 class Ledger:
@@ -88,17 +92,22 @@ class Ledger:
     ) -> Iterator[Entry]:
         """As `ledger.Ledger.replay`."""
         entries = self._ledger.replay(tenant, after=after, until=until, since=since, to=to)
-        return self._pulled(entries)
+        return self._pulled(entries, _REPLAY_AT_ONCE)
 
     def follow(self, tenant: str, *, after: int | None = None) -> Iterator[Entry]:
         """As `ledger.Ledger.follow`; waits in `next()`."""
-        return self._pulled(self._ledger.follow(tenant, after=after))
+        return self._pulled(self._ledger.follow(tenant, after=after), 1)
 
-    def _pulled(self, entries: AsyncGenerator[Entry, None]) -> Iterator[Entry]:
-        chunk_entries = 500  # a hop between threads costs more than an entry
+    def _pulled(self, entries: AsyncGenerator[Entry, None], at_once: int) -> Iterator[Entry]:
+        error: errors.LedgerError | None = None
         try:
-            while chunk := self._run(_chunk(entries, chunk_entries)):
+            while error is None:
+                chunk, error = self._run(_chunk(entries, at_once))
                 yield from chunk
+                if not chunk:
+                    break
+            if error is not None:
+                raise error
         finally:
             self._run(entries.aclose())
 
@@ -130,10 +139,16 @@ async def _opened(
     return opened
 
 
-async def _chunk(entries: AsyncGenerator[Entry, None], limit: int) -> list[Entry]:
+async def _chunk(
+    entries: AsyncGenerator[Entry, None], limit: int
+) -> tuple[list[Entry], errors.LedgerError | None]:
+    """Up to `limit` entries, and the error that ended them: what lies before a hole counts."""
     chunk: list[Entry] = []
-    async for entry in entries:
-        chunk.append(entry)
-        if len(chunk) == limit:
-            break
-    return chunk
+    try:
+        async for entry in entries:
+            chunk.append(entry)
+            if len(chunk) == limit:
+                break
+    except errors.LedgerError as error:
+        return chunk, error
+    return chunk, None

@@ -141,8 +141,8 @@ class BenchServer:
 
     def __init__(self, kind: str, cores: set[int]) -> None:
         self._program = _program(kind)
-        self._directory = Path(tempfile.mkdtemp(prefix="govledger-bench-"))
-        self.socket_path = self._directory / "server.sock"
+        self._directory = Path(tempfile.mkdtemp(prefix="bench-"))
+        self.socket_path = self._directory / "sock"  # a socket path has at most 107 bytes
         self.url = f"unix://{self.socket_path}"
         options = {
             "port": "0",

@@ -64,6 +64,13 @@ class ForeignHands(RuleBasedStateMachine):
         there = self.entries()
         return [r for r in self.receipts.values() if r.entry_id in there]
 
+    def forget_if_all_is_gone(self):
+        """Without stream, head and index the tenant is a new one."""
+        names = (self.stream, keys.head(self.tenant), keys.index(self.tenant))
+        if not self.command("EXISTS", *names):
+            self.receipts, self.last_seq = {}, 0
+            self.gap = self.headless = False
+
     # -- ours -------------------------------------------------------------------------------------
 
     @rule()
@@ -166,6 +173,7 @@ class ForeignHands(RuleBasedStateMachine):
     @rule()
     def delete_the_stream(self):
         self.command("DEL", self.stream)
+        self.forget_if_all_is_gone()
 
     @precondition(lambda self: not (self.headless or self.gap) and self.receipts)
     @rule(pick=st.none() | PICKS)
@@ -182,6 +190,7 @@ class ForeignHands(RuleBasedStateMachine):
     def delete_the_head(self):
         self.command("DEL", keys.head(self.tenant))
         self.headless = True
+        self.forget_if_all_is_gone()
 
 
 def test_ours_stays_readable_whatever_others_do(server):
