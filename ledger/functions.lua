@@ -124,11 +124,14 @@ local function index_value(ms, seq, sha256)
   return struct.pack('>I6I6', ms, seq) .. sha256
 end
 
--- Whether the oldest entry up to the known tail is indexed under its very id: then a counter that
--- went back was set by XSETID, and the stream was not deleted and made again.
-local function begins_with_ours(stream, index, head)
-  local first = call('XRANGE', stream, '-', head.id, 'COUNT', 1)[1]
-  local value = first and #first[2] == 6 and call('HGET', index, first[2][4])
+-- Whether what lies up to the known tail is still ours: then a counter that went back was set by
+-- XSETID, and the stream was not deleted and made again. In doubt it is: a reader checks ordinals.
+local function still_ours(keys, head)
+  local first = call('XRANGE', keys[1], '-', head.id, 'COUNT', 1)[1]
+  if not first then return false end
+  if #call('XRANGE', keys[1], head.id, head.id) > 0 then return true end
+  if call('HLEN', keys[3]) ~= head.own then return true end
+  local value = #first[2] == 6 and call('HGET', keys[3], first[2][4])
   if not value or #value ~= INDEX_VALUE_BYTES then return false end
   local ms, seq = split_id(first[1])
   return string.sub(value, 1, 12) == index_value(tonumber(ms), tonumber(seq), '')
@@ -147,7 +150,7 @@ local function reconcile(keys, head, now)
     return nil, refuse('LEDGERBLOCKED', tail.id, head.id, last and last[1] or head.id)
   end
   local notes = {}
-  local recreated = tail.added < head.added and not begins_with_ours(stream, keys[3], head)
+  local recreated = tail.added < head.added and not still_ours(keys, head)
   if recreated then
     notes[1] = note_incident(head_key, head, now, {kind = 'recreated', seq = head.seq,
       count = head.length, first_id = tail.id, last_id = head.id})
@@ -233,15 +236,16 @@ local function plan(group, args, known, head, ms)
 end
 
 local function write_group(stream, new, args, known, head, ms, index_args)
-  local prefix = string.format('%.0f-', ms)
+  local xadd, prefix, seq = redis.call, string.format('%.0f-', ms), head.seq
+  local at = #index_args
   for _, event in ipairs(new) do
     local id = args[event + 1]
-    head.seq = head.seq + 1
-    call('XADD', stream, prefix .. string.format('%.0f', head.seq),
-         'type', args[event], 'id', id, 'data', args[event + 2])
-    index_args[#index_args + 1] = id
-    index_args[#index_args + 1] = known[id]
+    seq = seq + 1  -- as text it is exact up to 14 digits
+    xadd('XADD', stream, prefix .. seq, 'type', args[event], 'id', id, 'data', args[event + 2])
+    index_args[at + 1], index_args[at + 2] = id, known[id]
+    at = at + 2
   end
+  head.seq = seq
 end
 
 local function append_groups(keys, args, head, ms)

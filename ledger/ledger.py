@@ -146,10 +146,11 @@ class Ledger:
             IndexBehind: the function's record of the stream is gone.
         """
         walk = await self.walk(tenant, after=after, since=since)
+        last = walk.head.seq if until is None else min(until, walk.head.seq)
         async with aclosing(walk.pages(to_ms=_ms(to))) as pages:
             async for page in pages:
                 for entry in page:
-                    if until is not None and entry.seq > until:
+                    if entry.seq > last:
                         return
                     if entry.seq > after and (foreign or not entry.foreign):
                         yield entry

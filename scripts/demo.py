@@ -32,6 +32,7 @@ from rich.table import Table
 
 from ledger import Entry, Event, Ledger, Receipt, errors, event_from_json
 from ledger.embedded import EmbeddedServer, is_running
+from ledger.service.terminal import spare_gc
 from projections import Governance, Projector, PublishedState, StateReader, Subject
 from projections.projection import Entities
 from projections.store import encode_entity
@@ -350,6 +351,7 @@ def main() -> int:
     )
     parser.add_argument("--write", nargs=4, help=argparse.SUPPRESS)
     asked = parser.parse_args()
+    spare_gc()
     try:
         if asked.write:
             url, first, again, days_back = asked.write

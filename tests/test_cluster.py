@@ -1,4 +1,4 @@
-"""A cluster whose slots move: appends and reads follow, and nothing is lost or twice."""
+"""Clusters and sentinels: appends and reads follow what moves, and nothing is lost or twice."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import asyncio
 import pytest
 from redis.crc import key_slot
 
-from ledger import Decision, Ledger, errors, keys
+from ledger import Decision, Ledger, Settings, errors, keys
+from ledger.server import Server
 from tests.servers import new_tenant
 
 
@@ -131,3 +132,32 @@ async def test_a_cluster_that_is_gone_is_unreachable(fresh_cluster, tenant, monk
         with pytest.raises(errors.ServerUnreachable) as refused:
             await book.append(tenant, decision(1))
         assert refused.value.facts["attempts"] == 3
+
+
+# -- sentinels ------------------------------------------------------------------------------------
+
+
+async def test_one_of_several_sentinels_is_enough(fresh_server, fresh_sentinel, tenant):
+    """A URL with several sentinels works while one of them answers, and is shown as it is."""
+    primary = fresh_server(password="secret-pony")
+    alive = fresh_sentinel(primary).url.removeprefix("redis+sentinel://").partition("/")[0]
+    url = f"redis+sentinel://:secret-pony@127.0.0.1:1,{alive}/ledger"
+    async with Ledger.connect(url) as book:
+        assert (await book.append(tenant, decision(0))).seq == 1
+        assert book.server.address == f"redis+sentinel://127.0.0.1:1,{alive}/ledger"
+
+
+@pytest.mark.parametrize("password", ["12/secret-pony", "12?secret-pony", "12#secret-pony"])
+@pytest.mark.parametrize("scheme", ["redis", "rediss", "redis+sentinel"])
+def test_a_password_that_was_not_encoded_is_not_shown(scheme, password):
+    """What a URL's parser takes for port, path or query may be a password: none of it is shown."""
+    with pytest.raises(errors.InvalidSetting) as refused:
+        Server(Settings(redis_url=f"{scheme}://:{password}@localhost:6379/0"))
+    assert "pony" not in str(refused.value)
+    assert "percent-encode" in refused.value.hint
+
+
+def test_settings_do_not_show_passwords():
+    """Neither the URL's password nor the separate one is in what is printed of the settings."""
+    settings = Settings(redis_url="redis://:secret-pony@h", redis_password="other-pony")
+    assert "pony" not in f"{settings!r} {settings}"

@@ -616,6 +616,20 @@ async def test_odd_places_to_begin(book, server, tenant):
         await anext(book.replay(tenant, since=datetime.now()))  # noqa: DTZ005 - that is the point
 
 
+async def test_a_replay_ends_at_the_head_there_was_when_it_began(book, tenant):
+    """A writer that is as fast as the reader does not keep a replay from ending."""
+    await append(book, tenant, "a", "b")
+    found = []
+    async for entry in book.replay(tenant):
+        found += [entry.id]
+        await append(book, tenant, f"after {entry.id}")
+    assert found == ["a", "b"]
+    replayed = book.replay(tenant, until=3)
+    assert (await anext(replayed)).id == "a"
+    await replayed.aclose()
+    assert [e.id async for e in book.replay(tenant, until=3)] == ["a", "b", "after a"]
+
+
 async def test_after_and_since_together(book, server, tenant):
     """The later of the two is where it begins."""
     receipts = []

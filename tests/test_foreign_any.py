@@ -39,7 +39,6 @@ class ForeignHands(RuleBasedStateMachine):
         self.receipts = {}
         self.last_seq = self.made = 0
         self.gap = False  # in the index
-        self.headless = False
         self.append_new()
 
     def teardown(self):
@@ -64,12 +63,18 @@ class ForeignHands(RuleBasedStateMachine):
         there = self.entries()
         return [r for r in self.receipts.values() if r.entry_id in there]
 
-    def forget_if_all_is_gone(self):
+    @property
+    def new(self):
         """Without stream, head and index the tenant is a new one."""
         names = (self.stream, keys.head(self.tenant), keys.index(self.tenant))
-        if not self.command("EXISTS", *names):
-            self.receipts, self.last_seq = {}, 0
-            self.gap = self.headless = False
+        if self.command("EXISTS", *names):
+            return False
+        self.receipts, self.last_seq, self.gap = {}, 0, False
+        return True
+
+    @property
+    def headless(self):
+        return not self.new and not self.command("EXISTS", keys.head(self.tenant))
 
     # -- ours -------------------------------------------------------------------------------------
 
@@ -77,7 +82,7 @@ class ForeignHands(RuleBasedStateMachine):
     def append_new(self):
         self.made += 1
         event_id = f"e-{self.made}"
-        if self.gap or self.headless:
+        if self.headless or self.gap:
             with pytest.raises(errors.IndexBehind):
                 self.book.append(self.tenant, decision(event_id))
             return
@@ -89,7 +94,7 @@ class ForeignHands(RuleBasedStateMachine):
         self.receipts[event_id] = receipt
         self.last_seq = receipt.seq
 
-    @precondition(lambda self: self.receipts and not (self.gap or self.headless))
+    @precondition(lambda self: not (self.headless or self.gap) and self.receipts)
     @rule(pick=PICKS)
     def append_again(self, pick):
         event_id = picked(sorted(self.receipts), pick)
@@ -98,7 +103,11 @@ class ForeignHands(RuleBasedStateMachine):
 
     @rule()
     def reindex(self):
-        left = self.surviving()
+        if self.new:
+            with pytest.raises(errors.NotFound):
+                self.book.reindex(self.tenant)
+            return
+        left, renumbered = self.surviving(), self.headless
         assert self.book.reindex(self.tenant) == len(left)
         epoch = self.book.head(self.tenant).epoch
         self.receipts = {
@@ -106,9 +115,9 @@ class ForeignHands(RuleBasedStateMachine):
             for event_id, receipt in self.receipts.items()
             if receipt in left
         }
-        if self.headless:  # a new epoch numbers from what is there
+        if renumbered:  # a new epoch numbers from what is there
             self.last_seq = self.book.head(self.tenant).seq
-        self.gap = self.headless = False
+        self.gap = False
 
     @rule()
     def check(self):
@@ -116,6 +125,10 @@ class ForeignHands(RuleBasedStateMachine):
         if self.headless:
             with pytest.raises(errors.IndexBehind):
                 self.book.head(self.tenant)
+            return
+        if self.new:
+            with pytest.raises(errors.NotFound):
+                next(self.book.replay(self.tenant))
             return
         found, after = [], 0
         while True:
@@ -173,7 +186,6 @@ class ForeignHands(RuleBasedStateMachine):
     @rule()
     def delete_the_stream(self):
         self.command("DEL", self.stream)
-        self.forget_if_all_is_gone()
 
     @precondition(lambda self: not (self.headless or self.gap) and self.receipts)
     @rule(pick=st.none() | PICKS)
@@ -189,8 +201,6 @@ class ForeignHands(RuleBasedStateMachine):
     @rule()
     def delete_the_head(self):
         self.command("DEL", keys.head(self.tenant))
-        self.headless = True
-        self.forget_if_all_is_gone()
 
 
 def test_ours_stays_readable_whatever_others_do(server):
