@@ -324,7 +324,8 @@ class _Lane:
             if result[0] != 0:
                 group.done.set_exception(self._refusal(group, result))
             elif wanted is not None and _LEVELS.index(reached) < _LEVELS.index(wanted):
-                group.done.set_exception(self._not_reached(wanted, reached, replicas))
+                receipts = self._receipts(group, epoch, result, reached)
+                group.done.set_exception(self._not_reached(wanted, reached, replicas, receipts))
             else:
                 group.done.set_result(self._receipts(group, epoch, result, reached))
         self._feed.hint(self._tenant)
@@ -405,7 +406,11 @@ class _Lane:
         return build(self._tenant, facts) if build else translate(reply, self._server.address)
 
     def _not_reached(
-        self, wanted: Durability, reached: Durability, replicas: int | None
+        self,
+        wanted: Durability,
+        reached: Durability,
+        replicas: int | None,
+        receipts: list[Receipt],
     ) -> errors.DurabilityNotReached:
         counted = "" if replicas is None else f" ({replicas} replicas acknowledged in time)"
         return errors.DurabilityNotReached(
@@ -413,6 +418,7 @@ class _Lane:
             hint="append again with the same id once the server can give that level",
             wanted=wanted,
             reached=reached,
+            receipts=receipts,
         )
 
 

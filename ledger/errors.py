@@ -156,7 +156,10 @@ class ServerInUse(Refused):
 
 
 class DurabilityNotReached(LedgerError):
-    """The event may be recorded, but not at the level asked for; a retry by id is safe."""
+    """The event is recorded, but not at the level asked for; a retry by id is safe.
+
+    `facts`: wanted, reached, and the `receipts` of what is recorded.
+    """
 
 
 class Unavailable(LedgerError):

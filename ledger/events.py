@@ -439,8 +439,22 @@ def encode(event: Event) -> EncodedEvent:
     """
     try:
         return event._encoded  # noqa: SLF001 - its slot is for this function
-    except AttributeError:  # a copy; what is built is encoded at once
-        return _encode_now(event)
+    except AttributeError:  # a copy, which nobody has checked; what is built is encoded at once
+        return _encode_now(_checked(event))
+
+
+def _checked(event: Event) -> Event:
+    if type(event) not in _RECORDABLE:
+        raise _invalid(None, [("", f"{type(event).__name__} is no event that can be recorded")])
+    fields = event.__pydantic_serializer__.to_python(event, exclude_unset=True, warnings=False)
+    try:
+        return _ANY_EVENT.validate_python(
+            fields
+            | (event.model_extra or {})
+            | {"type": event.type, "id": event.id, "at": event.at}
+        )
+    except ValidationError as error:
+        raise _from_validation(error) from None
 
 
 def _encode_now(event: Event) -> EncodedEvent:
@@ -450,9 +464,6 @@ def _encode_now(event: Event) -> EncodedEvent:
 
 
 def _encode(event: Event) -> EncodedEvent:
-    if type(event) not in _RECORDABLE:
-        reason = f"{type(event).__name__} is no event that can be recorded"
-        raise _invalid(None, [("", reason)])
     fields = event.__pydantic_serializer__.to_python(event, exclude_unset=True)
     fields["type"] = event.type
     fields["id"] = event.id

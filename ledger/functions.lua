@@ -56,8 +56,11 @@ end
 local function read_head(key)
   local h = call('HMGET', key, 'epoch', 'id', 'seq', 'added', 'length', 'own', 'incidents')
   if not h[1] then return nil end
-  return {epoch = h[1], id = h[2], seq = tonumber(h[3]), added = tonumber(h[4]),
-          length = tonumber(h[5]), own = tonumber(h[6]), incidents = tonumber(h[7])}
+  local head = {epoch = h[1], id = h[2], seq = tonumber(h[3]), added = tonumber(h[4]),
+                length = tonumber(h[5]), own = tonumber(h[6]), incidents = tonumber(h[7])}
+  local whole = head.id and split_id(head.id) and head.seq and head.added and head.length
+    and head.own and head.incidents
+  return whole and head or nil
 end
 
 local function write_head(key, head)
@@ -325,6 +328,7 @@ local FIRST_RUN = 8
 local function rebuilt_head(key, args, tail)
   local head = {epoch = args[2], id = tail.id, seq = tonumber(args[4]), incidents = 0}
   local now = server_now_ms()
+  call('DEL', key)  -- it may be there and damaged
   note_incident(key, head, now, {kind = 'headless', seq = head.seq, count = tonumber(args[5]),
     first_id = '0-0', last_id = tail.id})
   for run = FIRST_RUN, #args, 4 do

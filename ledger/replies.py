@@ -6,6 +6,7 @@ import ssl
 from typing import Final
 
 from redis import exceptions as redis_errors
+from redis.sentinel import MasterNotFoundError
 
 from ledger import errors
 
@@ -36,6 +37,20 @@ def translate(error: BaseException, address: str) -> errors.LedgerError:
         return errors.TlsFailed(
             f"{address}: TLS failed: {text}",
             hint="is this the TLS port, and its CA trusted? ?ssl_ca_certs=/path/ca.pem in the URL",
+        )
+    return _by_reply(error, text, address)
+
+
+def _by_reply(error: BaseException, text: str, address: str) -> errors.LedgerError:
+    if address.startswith("rediss:") and "Timeout connecting" in text:
+        return errors.TlsFailed(
+            f"{address}: nobody answered the TLS handshake: {text}",
+            hint="is this a TLS port? redis:// is for a plain one",
+        )
+    if isinstance(error, MasterNotFoundError):
+        return errors.ServerUnreachable(
+            f"{address}: no sentinel there knows a primary of that name",
+            hint="are the sentinels up, and is the service's name in REDIS_URL right?",
         )
     for kinds, codes, kind, message, hint in _BY_REPLY:
         if isinstance(error, kinds) or text.startswith(codes):

@@ -149,9 +149,12 @@ class Incident:
 
     @classmethod
     def parse(cls, raw: bytes) -> Incident:
-        """From the function's JSON."""
+        """From the function's JSON; ValueError for anything else."""
         fields = orjson.loads(raw)
-        return cls(**{name: fields[name] for name in cls.__slots__})
+        try:
+            return cls(**{name: fields[name] for name in cls.__slots__})
+        except (KeyError, TypeError):
+            raise ValueError(raw) from None
 
     def __str__(self) -> str:
         told = {
@@ -194,9 +197,23 @@ def head_command(tenant: str) -> bytes:
 def parse_head(tenant: str, reply: list[bytes | None]) -> Head:
     """A tenant without a head is new: seq 0, no epoch."""
     epoch, seq, entry_id, incidents = reply
-    if epoch is None or seq is None or entry_id is None or incidents is None:
+    if epoch is None:
         return Head(tenant, "", 0, "0-0", 0)
-    return Head(tenant, epoch.decode(), int(seq), entry_id.decode(), int(incidents))
+    if seq is None or entry_id is None or incidents is None:
+        raise _damaged_head(tenant)
+    try:
+        split_id(entry_id)
+        return Head(tenant, epoch.decode(), int(seq), entry_id.decode(), int(incidents))
+    except ValueError:
+        raise _damaged_head(tenant) from None
+
+
+def _damaged_head(tenant: str) -> errors.IndexBehind:
+    return errors.IndexBehind(
+        f"tenant {tenant}: {keys.head(tenant)} was damaged: the append function did not write this",
+        hint=f"find who wrote it; then delete that key, and govledger reindex {tenant} rebuilds it",
+        tenant=tenant,
+    )
 
 
 async def read_head(server: Server, tenant: str) -> Head:
@@ -593,19 +610,22 @@ class Walk:
         return any(last >= at for _, last, _ in self._ranges)
 
     async def _read_incidents(self, head: Head) -> None:
-        known = len(self.incidents)
-        if head.incidents <= known:
-            return
-        names = [f"incident:{n}" for n in range(known + 1, head.incidents + 1)]
+        for first in range(len(self.incidents) + 1, head.incidents + 1, PAGE_ENTRIES):
+            last = min(first + PAGE_ENTRIES - 1, head.incidents)
+            await self._read_incidents_between(first, last)
+
+    async def _read_incidents_between(self, first: int, last: int) -> None:
+        names = [f"incident:{n}" for n in range(first, last + 1)]
         key = keys.head(self.tenant)
         for raw in await self.server.command(key, "HMGET", key, *names):
-            if raw is None:
-                raise headless(self.tenant)
-            incident = Incident.parse(raw)
+            try:
+                incident = Incident.parse(raw or b"")
+            except ValueError:
+                raise _damaged_head(self.tenant) from None
             self.incidents.append(incident)
             if incident.kind in ("foreign", "recreated"):
-                first = incident.first_id if incident.kind == "foreign" else "0-0"
-                self._ranges.append((split_id(first), split_id(incident.last_id), incident))
+                start = incident.first_id if incident.kind == "foreign" else "0-0"
+                self._ranges.append((split_id(start), split_id(incident.last_id), incident))
             _log.warning("tenant %s: %s", self.tenant, incident)
 
     def _name_unregistered(self, page: _Page, raw_id: bytes) -> None:

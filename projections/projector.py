@@ -20,7 +20,7 @@ import orjson
 from ledger import errors, keys
 from ledger.ledger import Ledger
 from ledger.server import Server, pack
-from ledger.stream import Entry, Walk, find_many, head_command, parse_head
+from ledger.stream import Entry, Head, Walk, find_many, head_command, parse_head
 from projections.governance import Governance
 from projections.projection import Projection, Subject, Unfoldable
 from projections.store import STATE, Committed, FoldStore
@@ -188,8 +188,17 @@ class TenantFold:
         if self.committed is None or self.committed.position is None:
             return
         await self.store.publish(self.committed, self.state, ttl_seconds, force=force)
-        await self.store.activate() if self.published_seq < 0 else None
+        if self.published_seq < 0:
+            await self.store.activate()
         self.published_at, self.published_seq = time.monotonic(), self.seq
+
+
+def _hinted(fields: Sequence[bytes]) -> str | None:
+    """The tenant of a feed entry; None for what somebody else put there."""
+    try:
+        return keys.checked_tenant(fields[1].decode())
+    except (errors.InvalidTenant, UnicodeDecodeError):
+        return None
 
 
 def _unreadable(entry: Entry) -> str | None:
@@ -241,17 +250,27 @@ class Projector:
 
         Raises:
             LedgerRolledBack: a tenant's ledger is behind, or other than, what was folded.
-            EntriesMissing, IndexBehind, Unavailable: as `Ledger.replay`.
+            CommitConflict: other projectors kept overtaking this one.
+            EntriesMissing, IndexBehind, Unavailable: as `Ledger.replay`. The first one, after the
+                other tenants were folded.
         """
         names = await self.ledger.tenants() if tenants is None else tenants
         folded: dict[str, int] = {}
+        failed: list[errors.LedgerError] = []
         for tenant in names:
             keys.checked_tenant(tenant)
-            for projection in self.projections:
-                fold = self._fold_of(tenant, projection)
-                count = await self._catch_up(fold, on_progress)
-                await fold.publish(self._ttl_seconds)
-                folded[tenant] = folded.get(tenant, 0) + count
+            try:
+                for projection in self.projections:
+                    fold = self._fold_of(tenant, projection)
+                    count = await self._catch_up(fold, on_progress)
+                    await fold.publish(self._ttl_seconds)
+                    folded[tenant] = folded.get(tenant, 0) + count
+            except errors.LedgerError as error:
+                failed.append(error)
+                if len(names) > 1:
+                    _log.error("tenant %s: not folded: %s", tenant, error)
+        if failed:
+            raise failed[0]
         return folded
 
     async def _catch_up(
@@ -259,6 +278,7 @@ class Projector:
     ) -> int:
         """Folds up to the head, at most `pages` pages; the entries folded."""
         folded = 0
+        overtaken: errors.CommitConflict | None = None
         for _ in range(ATTEMPTS):
             try:
                 walk = await fold.begin()
@@ -273,13 +293,14 @@ class Projector:
                         if pages is not None and folded >= pages * walk.page_entries:
                             break
             except errors.CommitConflict as error:
-                _log.debug("%s", error)
+                overtaken = error
                 continue
             except BaseException:
                 fold.forget()
                 raise
             return folded
-        return folded
+        assert overtaken is not None
+        raise overtaken
 
     # -- for ever -----------------------------------------------------------------------------
 
@@ -313,7 +334,7 @@ class Projector:
                 continue
             for entries in (found or {}).values():
                 last_id = entries[-1][0].decode()
-                self._wake(fields[1].decode() for _, fields in entries)
+                self._wake(tenant for _, fields in entries if (tenant := _hinted(fields)))
 
     async def _work(self) -> None:
         while True:
@@ -339,17 +360,26 @@ class Projector:
                 wait_s = fold.published_at + PUBLISH_INTERVAL_S - time.monotonic()
                 if wait_s > 0:
                     asyncio.get_running_loop().call_later(wait_s, self._wake, [tenant])
-                    continue
+                    return
                 await self._catch_up(fold, pages=1)
                 await fold.publish(self._ttl_seconds)
                 if fold.is_behind:
                     self._wake([tenant])
             if self.stopped.pop(tenant, None):
                 _log.warning("tenant %s: folded again", tenant)
+        except errors.CommitConflict:
+            self._wake([tenant])  # another projector is at it; what it leaves is ours
         except errors.LedgerError as error:
-            if str(self.stopped.get(tenant)) != str(error):
-                _log.error("tenant %s: not folded: %s", tenant, error)
-            self.stopped[tenant] = error
+            self._stop(tenant, error)
+        except Exception as error:  # noqa: BLE001 - logged; it must not stop the other tenants
+            _log.exception("tenant %s: a defect in a fold", tenant)
+            self._stop(tenant, errors.ServerError(f"{type(error).__name__}: {error}"))
+
+    def _stop(self, tenant: str, error: errors.LedgerError) -> None:
+        """Keeps why a tenant is not folded; it is tried again at each sweep and each hint."""
+        if str(self.stopped.get(tenant)) != str(error):
+            _log.error("tenant %s: not folded: %s", tenant, error)
+        self.stopped[tenant] = error
 
     async def _sweep_for_ever(self) -> None:
         while True:
@@ -377,13 +407,19 @@ class Projector:
         replies = iter(await self.server.exchange_each(asked))
         stale = []
         for tenant in tenants:
-            head = parse_head(tenant, self.server.checked(next(replies)))
-            ttls = [self.server.checked(next(replies)) for _ in self.projections]
-            folds = [self._fold_of(tenant, projection) for projection in self.projections]
-            ageing = any(ttl == -2 or 0 <= ttl < self._ttl_seconds // 2 for ttl in ttls)
-            if head.seq and (ageing or any(fold.seq != head.seq for fold in folds)):
-                stale.append(tenant)
+            answers = [next(replies) for _ in range(1 + len(self.projections))]
+            try:
+                head_reply, *ttls = [self.server.checked(answer) for answer in answers]
+                if self._is_stale(tenant, parse_head(tenant, head_reply), ttls):
+                    stale.append(tenant)
+            except errors.LedgerError as error:
+                self._stop(tenant, error)
         return stale
+
+    def _is_stale(self, tenant: str, head: Head, ttls: Sequence[int]) -> bool:
+        seqs = [self._fold_of(tenant, projection).seq for projection in self.projections]
+        ageing = any(ttl == -2 or 0 <= ttl < self._ttl_seconds // 2 for ttl in ttls)
+        return any(seq != head.seq for seq in seqs) or (head.seq > 0 and ageing)
 
     # -- rebuild ------------------------------------------------------------------------------
 

@@ -29,7 +29,6 @@ __all__ = ["Committed", "FoldStore", "PublishedState", "encode_entity"]
 BUCKETS: Final = 1024
 STATE: Final = "state"
 REBUILD: Final = "rebuild"
-ACTIVE_RACE_ATTEMPTS: Final = 3
 
 
 class Committed(NamedTuple):

@@ -24,7 +24,8 @@ setup_venv() {
     # --inexact keeps a uv that we put into the venv ourselves.
     (
         unset VIRTUAL_ENV
-        UV_PROJECT_ENVIRONMENT="$GOVLEDGER_ROOT/.venv" "$uv" sync --quiet --locked --inexact \
+        # The certificates that the machine trusts, as pip does: a proxy may have its own.
+        UV_SYSTEM_CERTS="${UV_SYSTEM_CERTS:-1}" UV_PROJECT_ENVIRONMENT="$GOVLEDGER_ROOT/.venv" "$uv" sync --quiet --locked --inexact \
             --project "$GOVLEDGER_ROOT" "$@"
     )
     echo "$GOVLEDGER_ROOT" >"$stamp"

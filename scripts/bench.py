@@ -474,9 +474,9 @@ async def tenants(bench: Bench) -> Measured:
     with closing(Writers(bench, 4, names, batch=100, count=bench.size(20_000))) as writers:
 
         async def ours() -> float:
-            writers.prepare()
+            await writers.prepare()
             writers.begin()
-            return writers.finished()
+            return await writers.finished()
 
         return await bench.alternate(ours, ceiling)
 
@@ -491,7 +491,7 @@ async def read(bench: Bench) -> Measured:
     measured, rates, count = Measured(), [], bench.size(60_000)
     with closing(Writers(bench, 1, ["bench-writer"], batch=200, count=count)) as writer:
         for _ in range(bench.turns):
-            writer.prepare()
+            await writer.prepare()
             writer.begin()
             took_s = []
             while writer.busy():
@@ -499,7 +499,7 @@ async def read(bench: Bench) -> Measured:
                 await reader.state(tenant)
                 took_s.append(time.perf_counter() - begin_s)
                 await asyncio.sleep(0.001)
-            rates.append(writer.finished())
+            rates.append(await writer.finished())
             measured.ours.append(statistics.quantiles(took_s, n=100)[98] * 1000)
     measured.note = f"the writer appends {statistics.median(rates):,.0f}/s meanwhile"
     return measured
@@ -631,11 +631,10 @@ class Writers:
                 self._orders.append(ours)
                 self._processes.append(process)
 
-    def prepare(self) -> None:
+    async def prepare(self) -> None:
         """Returns when every writer has its events."""
         self._tell("prepare")
-        for orders in self._orders:
-            orders.recv()
+        await self._answers()
 
     def begin(self) -> None:
         """Lets them go."""
@@ -645,18 +644,23 @@ class Writers:
         """Whether not one of them has finished."""
         return not any(orders.poll() for orders in self._orders)
 
-    def finished(self) -> float:
+    async def finished(self) -> float:
         """Waits for the end; events a second of all of them."""
-        spans: list[tuple[float, float]] = [orders.recv() for orders in self._orders]
-        begin_s, end_s = min(span[0] for span in spans), max(span[1] for span in spans)
-        return self._count / (end_s - begin_s)
+        spans: list[tuple[float, float]] = await self._answers()
+        took_s = max(end_s for _, end_s in spans) - min(begin_s for begin_s, _ in spans)
+        return self._count / took_s
+
+    async def _answers(self) -> list[Any]:
+        # In threads, so that Ctrl-C need not wait for the writers.
+        return await asyncio.gather(*(asyncio.to_thread(one.recv) for one in self._orders))
 
     def close(self) -> None:
         """Ends them."""
+        for process in self._processes:
+            process.terminate()
+            process.join()
         for orders in self._orders:
             orders.close()
-        for process in self._processes:
-            process.join()
 
     def _tell(self, word: str) -> None:
         for orders in self._orders:
@@ -664,8 +668,8 @@ class Writers:
 
 
 def _writer(orders: Connection, url: str, names: Sequence[str], batch: int, count: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # our parent ends us, by closing the pipe
-    with suppress(EOFError):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # our parent ends us; or it has gone
+    with suppress(EOFError, BrokenPipeError):
         asyncio.run(_write(orders, url, names, batch, count))
 
 

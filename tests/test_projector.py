@@ -345,3 +345,46 @@ async def test_walk_that_is_dropped_while_it_reads_ahead_keeps_its_callers_cance
         done, _ = await asyncio.wait([task], timeout=10)
         assert done
         assert task.cancelled()
+
+
+@pytest.mark.parametrize(
+    "damage", [("HSET", "seq", "abc"), ("HSET", "id", "x"), ("DEL",), ("SET",)]
+)
+async def test_damaged_head_stops_its_tenant_alone(ledger, server, tenant, damage):
+    """A head that somebody damaged is named; other tenants are folded, live and once."""
+    other, head = f"{tenant}-other", keys.head(tenant)
+    await ledger.append(tenant, decision(1))
+    await ledger.append(other, decision(1))
+    command, *rest = damage
+    if command == "SET":
+        server.cli("DEL", head)
+        rest = ["text"]
+    server.cli(command, head, *rest)
+    once = Projector(ledger, [Counter()])
+    with pytest.raises(errors.LedgerError):
+        await once.run_once([tenant, other])
+    reader = StateReader(ledger, [Counter()])
+    assert (await reader.state(other, "counter")).value == {"allow": 1}
+    live = Projector(ledger, [Counter()])
+    assert other in await live._stale_among([tenant, other])
+    async with running(live):
+        receipt = await ledger.append(other, decision(2))
+        await reader.state(other, "counter", at_least=receipt)
+
+
+async def test_incidents_that_nobody_noticed_are_no_hang(ledger, server, tenant):
+    """A counter of incidents that was set absurdly high is damage, and found at once."""
+    await ledger.append(tenant, decision(1))
+    server.cli("HSET", keys.head(tenant), "incidents", "30000000")
+    with pytest.raises(errors.IndexBehind, match="damaged"):
+        [entry async for entry in ledger.replay(tenant)]
+
+
+async def test_feed_of_another_hand_wakes_nobody(ledger, server, tenant):
+    """What somebody else writes into the feed neither ends nor misleads the projector."""
+    reader = StateReader(ledger, [Counter()])
+    async with running(Projector(ledger, [Counter()])):
+        server.cli("XADD", keys.FEED, "*", "tenant", "no:tenant*")
+        server.cli("XADD", keys.FEED, "*", "x", b"\xff")
+        receipt = await ledger.append(tenant, decision(1))
+        assert (await reader.state(tenant, "counter", at_least=receipt)).seq == 1

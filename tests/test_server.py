@@ -203,9 +203,9 @@ async def test_tls_for_another_host_fails(fresh_server, tmp_path):
 async def test_tls_client_at_a_plain_port_fails_with_a_hint(valkey, monkeypatch):
     """rediss:// to a server without TLS, which waits for the end of a line, says redis://."""
     monkeypatch.setattr(connect, "CONNECT_TIMEOUT_S", 0.3)
-    with pytest.raises(errors.Unavailable) as caught:
+    with pytest.raises(errors.TlsFailed, match="TLS handshake") as caught:
         await impatient(f"rediss://127.0.0.1:{valkey.port}")
-    assert "redis:// for a plain one" in caught.value.hint
+    assert "redis:// is for a plain one" in caught.value.hint
 
 
 async def test_plain_client_at_a_tls_port_fails_with_a_hint(fresh_server, certificates):

@@ -386,7 +386,11 @@ class _Recorder:
         self, tenant: str, group: list[_Item], expected_seq: int | None = None
     ) -> None:
         events = [item.event for item in group]
-        receipts = await self._ledger.append_many(tenant, events, expected_seq=expected_seq)
+        try:
+            receipts = await self._ledger.append_many(tenant, events, expected_seq=expected_seq)
+        except errors.DurabilityNotReached as error:  # recorded all the same
+            self.landed.setdefault(tenant, Landed(tenant)).add(error.facts.pop("receipts"))  # type: ignore[arg-type]
+            raise
         self.landed.setdefault(tenant, Landed(tenant)).add(receipts)
         self._advance(len(group))
 
