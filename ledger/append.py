@@ -243,9 +243,10 @@ class _Lane:
             settings, stale = await self._server.node_settings(stream), False
         if settings is not None:
             self._refuse_unsafe(settings, wanted)
+        generation = self._server.generation
         reply, replicas, later = await self._call(groups, wanted, stale=stale, registered=False)
-        if later is None and self._server.last_settings(stream) is None:  # it was another node
-            later = await self._server.node_settings(stream)
+        if self._server.generation != generation:  # it may have been another node that answered
+            later = await self._server.node_settings(stream, anew=True)
         settings = later or settings or NodeSettings()
         self._settle(groups, reply, _reached(settings, replicas), wanted, replicas)
 
@@ -301,7 +302,8 @@ class _Lane:
         settings = None
         if stale:
             read = replies[-len(self._server.SETTINGS_COMMANDS) :]
-            settings = await self._server.take_settings(self._on[0], read)
+            now = self._server.generation
+            settings = await self._server.take_settings(self._on[0], read, now)
         replicas = None
         if wanted is Durability.REPLICATED:
             replicas = int(self._server.checked(replies[1]))
@@ -484,6 +486,10 @@ def _fail(groups: list[_Group], error: BaseException) -> None:
             continue
         if isinstance(error, asyncio.CancelledError):
             group.done.cancel()
+        elif isinstance(error, errors.LedgerError):  # each caller's own: notes and tracebacks grow
+            own = type(error)(error.message, hint=error.hint, **error.facts)
+            own.__cause__ = error.__cause__
+            group.done.set_exception(own)
         else:
             group.done.set_exception(error)
 

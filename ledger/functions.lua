@@ -390,6 +390,7 @@ end
 local function adopt(keys, args)
   local refusal = protocol_refusal(args[1])
   if refusal then return refusal end
+  if committed_at(keys[1]) == args[2] then return 1 end  -- our own call, whose answer was lost
   local rebuilt = committed_at(keys[2])
   if rebuilt ~= args[2] then return refuse('LEDGERPOSITION', rebuilt) end
   for i = 1, #keys, 2 do

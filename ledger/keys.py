@@ -31,6 +31,7 @@ __all__ = [
     "head",
     "index",
     "index_rebuild",
+    "is_tenant",
     "projection",
     "projection_active",
     "projection_bucket",
@@ -55,6 +56,11 @@ _RESERVED_TENANTS: Final = frozenset({"stale"})
 _TENANT_HINT: Final = (
     "1 to 64 characters of A-Z a-z 0-9 . _ - beginning with a letter or digit, and not `stale`"
 )
+
+
+def is_tenant(name: str) -> bool:
+    """Whether a tenant can be called so."""
+    return _TENANT.fullmatch(name) is not None and name not in _RESERVED_TENANTS
 
 
 def checked_tenant(tenant: str) -> str:

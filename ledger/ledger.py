@@ -231,9 +231,13 @@ class Ledger:
         raise errors.EntriesMissing(f"tenant {tenant}: seq {seq} is gone", tenant=tenant)
 
     async def tenants(self) -> list[str]:
-        """Every tenant that anything was ever appended for, sorted: from a registry, not a SCAN."""
+        """Every tenant that anything was ever appended for, sorted: from a registry, not a SCAN.
+
+        What others put into the registry and no tenant can be called is left out.
+        """
         names = await self.server.command(keys.TENANTS, "SMEMBERS", keys.TENANTS)
-        return sorted(name.decode() for name in names)
+        known = [name.decode(errors="backslashreplace") for name in names]
+        return sorted(name for name in known if keys.is_tenant(name))
 
     # -- repair -------------------------------------------------------------------------------
 

@@ -132,6 +132,8 @@ class Server:
         self._node_settings: dict[str, NodeSettings] = {}
         self._sentinels: list[Redis] = []
         self._closed = False
+        self.generation = 0
+        """Grows whenever a connection broke: what was read of a node before may be of another."""
 
     @classmethod
     async def open(cls, settings: Settings) -> Self:
@@ -243,6 +245,8 @@ class Server:
         Raises:
             Unavailable: the attempts ran out, or trying again would not help.
         """
+        if self._closed:
+            raise errors.ServerUnreachable(f"{self.address}: this connection was closed")
         attempts = self.settings.memory_max_reconnect_attempts
         for attempt in range(attempts + 1):
             try:
@@ -336,6 +340,7 @@ class Server:
 
     async def _recover(self, attempt: int) -> None:
         self._node_settings.clear()
+        self.generation += 1
         if attempt:
             bound_s = min(BACKOFF_CAP_S, BACKOFF_BASE_S * 2.0**attempt)
             await asyncio.sleep(random.uniform(0, bound_s))  # noqa: S311 - jitter, no secret
@@ -425,18 +430,21 @@ class Server:
         """The settings of the node of `key` as last read, however long ago; None = never."""
         return self._node_settings.get(self._node_name(key))
 
-    async def node_settings(self, key: str) -> NodeSettings:
-        """The settings of the node of `key`, at most a second old."""
-        known = self.known_settings(key)
+    async def node_settings(self, key: str, *, anew: bool = False) -> NodeSettings:
+        """The settings of the node of `key`, at most a second old; `anew`: read just now."""
+        known = None if anew else self.known_settings(key)
         if known:
             return known
+        generation = self.generation
         replies = await self.exchange(
             key, list(self.SETTINGS_COMMANDS), len(self.SETTINGS_COMMANDS)
         )
-        return await self.take_settings(key, replies)
+        return await self.take_settings(key, replies, generation)
 
-    async def take_settings(self, key: str, replies: list[Reply]) -> NodeSettings:
-        """Keeps what the replies to SETTINGS_COMMANDS say."""
+    async def take_settings(self, key: str, replies: list[Reply], generation: int) -> NodeSettings:
+        """What the replies to SETTINGS_COMMANDS say; kept, unless a connection broke since
+        `generation`, when they may be another node's.
+        """
         seen, info = _config(replies[0]), _info(replies[1])
         before = self._node_settings.get(self._node_name(key))
         if not seen and info.get("run_id"):
@@ -450,7 +458,8 @@ class Server:
             run_id=info.get("run_id"),
             version=info.get("valkey_version") or info.get("redis_version"),
         )
-        self._node_settings[self._node_name(key)] = known
+        if generation == self.generation:
+            self._node_settings[self._node_name(key)] = known
         return known
 
     async def _attested(self, run_id: str) -> dict[str, str]:

@@ -94,12 +94,12 @@ class Entry:
     @property
     def type(self) -> str:
         """The event's type."""
-        return self._fields[1].decode()
+        return self._fields[1].decode(errors="backslashreplace")
 
     @property
     def id(self) -> str:
         """The event's own id, by which an append is idempotent."""
-        return self._fields[3].decode()
+        return self._fields[3].decode(errors="backslashreplace")
 
     @property
     def data(self) -> bytes:

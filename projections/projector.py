@@ -15,8 +15,6 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import aclosing
 from typing import Any, Final
 
-import orjson
-
 from ledger import errors, keys
 from ledger.ledger import Ledger
 from ledger.server import Server, pack
@@ -87,9 +85,10 @@ class TenantFold:
             LedgerRolledBack: the ledger is behind, or other than, what is committed.
         """
         if self._walk is None or self.committed is None:
-            self.committed = await self.store.committed()
+            self.committed, state = await self.store.committed()
             self._entities.clear()
-            self._entities.update(await self.store.load([STATE]))
+            if state:
+                self._entities[STATE] = state
             walk = Walk(self._server, self.tenant)
             if self.committed.position:
                 await walk.start_at(self.committed.position)
@@ -204,10 +203,12 @@ def _hinted(fields: Sequence[bytes]) -> str | None:
 def _unreadable(entry: Entry) -> str | None:
     """Why the stored bytes are no event; only another hand can have written such."""
     try:
+        for field in entry.raw_fields[:4]:
+            field.decode()
         event: object = entry.event
         return None if isinstance(event, dict) else "data is no JSON object"
-    except orjson.JSONDecodeError as error:
-        return f"data is no JSON: {error}"
+    except ValueError as error:
+        return f"its fields are no UTF-8 or no JSON: {error}"
 
 
 class Projector:
@@ -282,6 +283,7 @@ class Projector:
         for _ in range(ATTEMPTS):
             try:
                 walk = await fold.begin()
+                goal = walk.head.seq
                 async with aclosing(walk.pages()) as found:
                     async for page in found:
                         await fold.fold_page(walk, page)
@@ -290,7 +292,8 @@ class Projector:
                             on_progress(fold.tenant, len(page))
                         if time.monotonic() - fold.published_at > PUBLISH_INTERVAL_S * 4:
                             await fold.publish(self._ttl_seconds)
-                        if pages is not None and folded >= pages * walk.page_entries:
+                        enough = pages is not None and folded >= pages * walk.page_entries
+                        if enough or fold.seq >= goal:
                             break
             except errors.CommitConflict as error:
                 overtaken = error
@@ -417,9 +420,12 @@ class Projector:
         return stale
 
     def _is_stale(self, tenant: str, head: Head, ttls: Sequence[int]) -> bool:
-        seqs = [self._fold_of(tenant, projection).seq for projection in self.projections]
+        folds = [self._fold_of(tenant, projection) for projection in self.projections]
+        if head.seq == 0:
+            return any(fold.seq for fold in folds)
         ageing = any(ttl == -2 or 0 <= ttl < self._ttl_seconds // 2 for ttl in ttls)
-        return any(seq != head.seq for seq in seqs) or (head.seq > 0 and ageing)
+        behind = any(fold.published_seq != head.seq for fold in folds)
+        return behind or ageing or tenant in self.stopped
 
     # -- rebuild ------------------------------------------------------------------------------
 
@@ -446,5 +452,8 @@ class Projector:
         assert fold.committed is not None
         await store.adopt(fold.committed)
         self._fold_of(tenant, projection).forget()
-        await fold.publish(self._ttl_seconds, force=True)
+        published = await store.read_published()
+        head = await self.ledger.head(tenant)
+        ahead = published is not None and published.seq > head.seq  # of a ledger that went back
+        await fold.publish(self._ttl_seconds, force=ahead)
         return folded

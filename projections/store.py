@@ -21,7 +21,7 @@ import orjson
 
 from ledger import errors, keys
 from ledger.server import Server, pack
-from ledger.stream import Position
+from ledger.stream import Position, split_id
 from projections.projection import Entities, Projection
 
 __all__ = ["Committed", "FoldStore", "PublishedState", "encode_entity"]
@@ -97,14 +97,21 @@ class FoldStore:
     def _bucket(self, name: str) -> str:
         return f"{self._key}:{crc32(name.encode()) % BUCKETS}"
 
-    async def committed(self) -> Committed:
-        """Position and build of the last commit; a new build where there is none."""
-        position, build = await self._server.command(
-            self._key, "HMGET", self._key, "position", "build"
+    async def committed(self) -> tuple[Committed, dict[str, Any]]:
+        """Position, build and state of the last commit, read in one step.
+
+        Where one of them is gone, what is left of the others is deleted, and a new build begins:
+        a fold on top of leftovers would count them again.
+        """
+        position, build, state = await self._server.command(
+            self._key, "HMGET", self._key, "position", "build", STATE
         )
-        if position is None or build is None:
-            return Committed(None, secrets.token_hex(4))
-        return Committed(Position.parse(position.decode()), build.decode())
+        try:
+            at = Position.parse(position.decode())
+            return Committed(at, build.decode()), orjson.loads(state)
+        except (AttributeError, TypeError, ValueError):
+            await self.discard()
+            return Committed(None, secrets.token_hex(4)), {}
 
     async def load(self, names: Iterable[str]) -> Entities:
         """The named entities that exist."""
@@ -147,8 +154,6 @@ class FoldStore:
             found = error.message.partition("LEDGERPOSITION ")[2]
             if not found and "LEDGERPOSITION" not in error.message:
                 raise
-            if found == after.token:  # our own commit, whose answer was lost
-                return after
             raise errors.CommitConflict(
                 f"tenant {self.tenant}: {self.projection.name} is committed at {found or 'nothing'}"
                 f", this fold began at {before.token or 'nothing'}",
@@ -211,7 +216,12 @@ class FoldStore:
 
     async def read_published(self) -> PublishedState | None:
         """The published copy; None where it is absent or not in the envelope's form."""
-        raw = await self._server.command(self._published, "GET", self._published)
+        try:
+            raw = await self._server.command(self._published, "GET", self._published)
+        except errors.ServerError as error:
+            if "WRONGTYPE" in error.message:
+                return None
+            raise
         return parse_envelope(self.tenant, raw) if raw is not None else None
 
     async def read_committed(self) -> PublishedState | None:
@@ -237,6 +247,9 @@ def parse_envelope(tenant: str, raw: bytes) -> PublishedState | None:
     try:
         envelope = orjson.loads(raw)
         about = envelope["metadata"]
+        split_id(about["position"])
+        if not isinstance(about["seq"], int) or not isinstance(envelope["value"], dict):
+            return None
         return PublishedState(
             tenant=tenant,
             projection=about["projection"],
@@ -246,7 +259,7 @@ def parse_envelope(tenant: str, raw: bytes) -> PublishedState | None:
             updated_at=datetime.fromisoformat(envelope["updatedAt"]),
             source="published",
         )
-    except (orjson.JSONDecodeError, KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, TypeError, ValueError):
         return None
 
 

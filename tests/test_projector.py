@@ -388,3 +388,64 @@ async def test_feed_of_another_hand_wakes_nobody(ledger, server, tenant):
         server.cli("XADD", keys.FEED, "*", "x", b"\xff")
         receipt = await ledger.append(tenant, decision(1))
         assert (await reader.state(tenant, "counter", at_least=receipt)).seq == 1
+
+
+async def test_fold_that_was_overtaken_while_it_began_is_not_taken_for_done(ledger, tenant):
+    """Two folds to the same position: the second commit is a conflict, never "our own"."""
+    await ledger.append_many(tenant, [decision(n) for n in range(4)])
+    one, two = (Projector(ledger, [Counter()]) for _ in range(2))
+    await one.run_once([tenant])
+    fold = two._fold_of(tenant, two.projections[0])
+    await fold.begin()
+    await ledger.append(tenant, decision(4))
+    walk = await fold.begin()
+    pages = [page async for page in walk.pages()]
+    await one.run_once([tenant])
+    fold._entities["state"] = {"allow": 5}  # as if it had been read after the other's commit
+    with pytest.raises(errors.CommitConflict):
+        await fold.fold_page(walk, pages[0])
+    await two.run_once([tenant])
+    assert fold.state == {"allow": 5}
+
+
+@pytest.mark.parametrize("field", ["all", "state", "position", "garbage"])
+async def test_derived_state_that_is_deleted_comes_back_right(ledger, server, tenant, field):
+    """Whatever is deleted of a projection, the fold begins anew and counts nothing twice."""
+    events = [decision(1), Outcome(decision_id="d-1", outcome="succeeded"), decision(2)]
+    await ledger.append_many(tenant, events)
+    await Projector(ledger, [Counter()]).run_once([tenant])
+    key = keys.projection(tenant, "counter", 1)
+    if field == "all":
+        server.cli("DEL", key)
+    elif field == "garbage":
+        server.cli("HSET", key, "state", "{")
+    else:
+        server.cli("HDEL", key, field)
+    projector = Projector(ledger, [Counter()])
+    await projector.run_once([tenant])
+    fold = projector._fold_of(tenant, projector.projections[0])
+    assert fold.state == {"allow": 2, "outcome.reported": 1}
+    assert (await fold.store.load(["decision:d-1"]))["decision:d-1"]["follow_ups"] == 1
+
+
+async def test_publish_that_failed_is_tried_again(ledger, server, tenant):
+    """A state that was committed and not published is found by the next sweep."""
+    await ledger.append(tenant, decision(1))
+    projector = Projector(ledger, [Counter()])
+    await projector.run_once([tenant])
+    await ledger.append(tenant, decision(2))
+    await projector._catch_up(projector._fold_of(tenant, projector.projections[0]))
+    assert tenant in await projector.stale_tenants()
+
+
+@pytest.mark.parametrize("copy", [b"[]", b'{"metadata":{"position":"zz","seq":1}}', b"text"])
+async def test_strange_published_copy_is_no_state(ledger, server, tenant, copy):
+    """What somebody else put under the published key is not read as state."""
+    await ledger.append(tenant, decision(1))
+    await Projector(ledger, [Counter()]).run_once([tenant])
+    server.cli("SET", keys.published(tenant, "counter"), copy)
+    reader = StateReader(ledger, [Counter()])
+    assert (await reader.state(tenant, "counter")).source == "committed"
+    server.cli("DEL", keys.published(tenant, "counter"))
+    server.cli("RPUSH", keys.published(tenant, "counter"), "x")
+    assert (await reader.state(tenant, "counter")).source == "committed"
