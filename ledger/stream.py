@@ -487,6 +487,7 @@ class Walk:
                 more = len(page.entries) == self.page_entries
                 if more:
                     ahead = asyncio.ensure_future(self._fetch(page.entries[-1][0].decode(), end))
+                    await asyncio.sleep(0)  # so that it is sent now, not when we next wait
                 entries = await self._numbered(page)
                 if entries:
                     yield entries
