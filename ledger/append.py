@@ -15,16 +15,17 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from enum import StrEnum
-from functools import cache
+from functools import partial
 from typing import Any, Final, NamedTuple
 
 from redis import exceptions as redis_errors
 
 from ledger import errors, keys
 from ledger.events import EncodedEvent, Event, encode
-from ledger.replies import translate
-from ledger.server import LIBRARY_VERSION, NodeSettings, Server, pack
+from ledger.replies import library_is_old, translate
+from ledger.server import LIBRARY_VERSION, REPLY_TIMEOUT_S, NodeSettings, Server, pack
 from ledger.stream import Incident, Position, bad_index, behind, blocked, headless
+from ledger.wire import Pool, Wire
 
 __all__ = ["BATCH_EVENTS_LIMIT", "Appender", "Durability", "Receipt"]
 
@@ -38,6 +39,9 @@ GATHER_BYTES: Final = 1024 * 1024
 CALLS_IN_FLIGHT: Final = 2
 SECOND_CALL_EVENTS: Final = 16
 WAIT_TIMEOUT_MS: Final = 2000
+_GROUP_ARGS: Final = 3
+_EVENT_ARGS: Final = 3
+_FIRST_TYPE: Final = ord("A")
 FEED_LENGTH: Final = 10_000
 FEED_INTERVAL_S: Final = 0.05
 _log = logging.getLogger("ledger")
@@ -105,24 +109,27 @@ class _Group:
 
 
 def _packed_group(events: Sequence[EncodedEvent], expected_seq: int | None) -> bytes:
-    """The group as functions.lua reads it: expected seq, latest `at`, count, then the events."""
-    parts, latest = [b""], 0
-    for kind, event_id, data, digest, at_ms in events:
+    """The group as functions.lua reads it: its header, its types, then the events."""
+    types = {event.type: b"" for event in events}
+    codes = b""
+    if len(types) > 1:
+        places = {kind: b"%c" % (_FIRST_TYPE + n) for n, kind in enumerate(types)}
+        codes = b"".join([places[event.type] for event in events])
+    latest = max([event.at_ms or 0 for event in events])
+    expected = -1 if expected_seq is None else expected_seq
+    header = b"%d %d %d" % (expected, max(latest, 0), len(events))
+    parts = [_packed_strings(header, " ".join(types).encode(), codes)]
+    for _, event_id, data, digest, _ in events:
         id_raw = event_id.encode()
         parts.append(
-            b"%b$%d\r\n%b\r\n$%d\r\n%b\r\n$32\r\n%b\r\n"
-            % (_packed_type(kind), len(id_raw), id_raw, len(data), data, digest)
+            b"$%d\r\n%b\r\n$%d\r\n%b\r\n$32\r\n%b\r\n"
+            % (len(id_raw), id_raw, len(data), data, digest)
         )
-        if at_ms is not None and at_ms > latest:
-            latest = at_ms
-    expected = -1 if expected_seq is None else expected_seq
-    parts[0] = pack(expected, latest, len(events)).partition(b"\r\n")[2]
     return b"".join(parts)
 
 
-@cache
-def _packed_type(kind: str) -> bytes:
-    return pack(kind).partition(b"\r\n")[2]
+def _packed_strings(*values: bytes) -> bytes:
+    return b"".join([b"$%d\r\n%b\r\n" % (len(value), value) for value in values])
 
 
 def prepare(tenant: str, events: Sequence[Event], expected_seq: int | None) -> list[EncodedEvent]:
@@ -173,8 +180,25 @@ class Appender:
         await self._feed.aclose()
 
 
+class _Call(NamedTuple):
+    """A call that goes the slow way; `reply` is its answer where only the node is in doubt, `lost`
+    what became of its first attempt.
+    """
+
+    groups: list[_Group]
+    reply: list[Any] | None = None
+    lost: Exception | None = None
+
+
 class _Lane:
-    """One tenant's groups on their way; what waits while a call is in flight rides in the next."""
+    """One tenant's groups on their way, recorded in the order in which they were put.
+
+    What waits while calls are in flight rides in the next. A call takes the fast way: straight onto
+    a connection that the lane keeps while calls are in flight, its answer coming by a callback.
+    Whatever is not plain there (no connection at hand, settings to be read anew, WAIT, an error)
+    goes the other way: a task sends one call after the other, with retries, while nothing else is
+    sent, so that the order stays.
+    """
 
     def __init__(self, server: Server, tenant: str, feed: _Feed) -> None:
         self._server = server
@@ -182,45 +206,50 @@ class _Lane:
         self._feed = feed
         self._waiting: deque[_Group] = deque()
         self._waiting_events = 0
-        self._calls: set[asyncio.Task[Any] | None] = set()
+        self._in_flight = 0
+        self._lease: tuple[Pool, Wire] | None = None
+        self._slow: deque[_Call] = deque()
+        self._slow_task: asyncio.Task[None] | None = None
+        self._flush_comes = False
+        self._quiet = asyncio.Event()
+        self._gathers = False  # whether the last call carried several groups
         self._on = (keys.decisions(tenant), keys.head(tenant), keys.index(tenant))
         head: list[bytes | str | int] = ["govledger_append", b"3", *self._on, LIBRARY_VERSION]
         self._call_head = pack("FCALL", *head).split(b"\r\n", 1)[1]
-        self._fixed_args = 2 + len(head)
+        self._fixed_args = 1 + len(head)
 
     def put(self, group: _Group) -> None:
+        """Sends the group, at once where nobody else can ride along."""
         self._waiting.append(group)
         self._waiting_events += len(group.events)
-        self._start_call()
-
-    def _start_call(self) -> None:
-        """A second call while one is in flight pays only with a load worth an fsync of its own."""
-        worth_it = not self._calls or self._waiting_events >= SECOND_CALL_EVENTS
-        if self._waiting and worth_it and len(self._calls) < CALLS_IN_FLIGHT:
-            self._calls.add(asyncio.get_running_loop().create_task(self._run()))
+        if not self._gathers and not self._in_flight:
+            self._flush()
+        elif not self._flush_comes:  # when all who are ready to run now have put theirs
+            self._flush_comes = True
+            asyncio.get_running_loop().call_soon(self._flush)
 
     async def drained(self) -> None:
-        while self._calls:
-            await asyncio.wait([call for call in self._calls if call])
+        """Returns when every group has its answer."""
+        while self._waiting or self._in_flight or self._slow_task:
+            self._quiet.clear()
+            await self._quiet.wait()
 
-    async def _run(self) -> None:
-        try:
-            while self._waiting:
-                groups = self._take()
-                self._start_call()
-                try:
-                    await self._send(groups)
-                except BaseException as error:
-                    _fail(groups, error)
-                    if not isinstance(error, Exception):
-                        raise
-        finally:  # here, not in a callback: a group put in between would wait for ever
-            self._calls.discard(asyncio.current_task())
+    def _flush(self) -> None:
+        """A second call while one is in flight pays only with a load worth an fsync of its own."""
+        self._flush_comes = False
+        while self._waiting and not self._slow_task and self._in_flight < CALLS_IN_FLIGHT:
+            if self._in_flight and self._waiting_events < SECOND_CALL_EVENTS:
+                return
+            groups = self._take()
+            if not self._send_fast(groups):
+                self._send_slow(_Call(groups))
+        if not (self._waiting or self._in_flight or self._slow_task):
+            self._quiet.set()
 
     def _take(self) -> list[_Group]:
         """The next call's load; half of what waits where the other half can go beside it."""
-        half, alone = self._waiting_events // 2, len(self._calls) == 1
-        split = alone and SECOND_CALL_EVENTS <= half < GATHER_EVENTS
+        half = self._waiting_events // 2
+        split = not self._in_flight and SECOND_CALL_EVENTS <= half < GATHER_EVENTS
         limit = half if split else GATHER_EVENTS
         first = self._waiting.popleft()
         groups, events, size = [first], len(first.events), first.bytes
@@ -232,7 +261,91 @@ class _Lane:
             groups.append(self._waiting.popleft())
             events = grown
         self._waiting_events -= events
+        self._gathers = len(groups) > 1
         return groups
+
+    # -- the fast way -------------------------------------------------------------------------
+
+    def _send_fast(self, groups: list[_Group]) -> bool:
+        """Whether the call is on its way."""
+        stream, wanted = self._on[0], groups[0].durability
+        settings = self._server.known_settings(stream)
+        if settings is None or wanted is Durability.REPLICATED or self._unsafe(settings, wanted):
+            return False
+        if self._lease is None:
+            self._lease = self._server.lease(stream)
+        if self._lease is None or self._lease[1].closed:
+            return False
+        answered = partial(self._answered, groups, settings, self._server.generation)
+        self._in_flight += 1
+        packed = b"".join(self._packed(groups, wanted, registered=False))
+        self._lease[1].request(packed, 1, answered, REPLY_TIMEOUT_S)
+        return True
+
+    def _answered(
+        self,
+        groups: list[_Group],
+        settings: NodeSettings,
+        generation: int,
+        replies: list[Any] | None,
+        error: Exception | None,
+    ) -> None:
+        self._in_flight -= 1
+        reply = replies[0] if replies else None
+        if isinstance(reply, list) and generation == self._server.generation:
+            self._settle(groups, reply, _reached(settings, None), groups[0].durability, None)
+        elif isinstance(reply, list):  # it may have been another node that answered
+            self._send_slow(_Call(groups, reply=reply))
+        elif reply is None or self._is_worth_another_call(reply):
+            self._send_slow(_Call(groups, lost=error))
+        else:
+            _fail(groups, self._whole_refusal(reply))
+        if not self._in_flight and self._lease and (self._slow_task or not self._waiting):
+            node, wire = self._lease
+            self._lease = None
+            node.give(wire)
+        self._flush()
+
+    # -- the other way ------------------------------------------------------------------------
+
+    def _is_worth_another_call(self, reply: Exception) -> bool:
+        if library_is_old(reply) or str(reply).startswith("LEDGERUNREGISTERED"):
+            return True
+        return self._server.is_retryable(reply)
+
+    def _send_slow(self, call: _Call) -> None:
+        self._slow.append(call)
+        if self._slow_task is None:
+            self._slow_task = asyncio.get_running_loop().create_task(self._run_slow())
+
+    async def _run_slow(self) -> None:
+        try:
+            while self._slow:
+                call = self._slow.popleft()
+                try:
+                    await self._finish(call)
+                except Exception as error:  # noqa: BLE001 - the callers get it
+                    _fail(call.groups, error)
+                except BaseException as error:
+                    rest = [group for one in self._slow for group in one.groups]
+                    _fail([*call.groups, *rest, *self._waiting], error)
+                    self._slow.clear()
+                    self._waiting.clear()
+                    self._waiting_events = 0
+                    raise
+        finally:
+            self._slow_task = None
+            self._flush()
+
+    async def _finish(self, call: _Call) -> None:
+        if call.reply is not None:
+            settings = await self._server.node_settings(self._on[0], anew=True)
+            reached = _reached(settings, None)
+            self._settle(call.groups, call.reply, reached, call.groups[0].durability, None)
+            return
+        if call.lost is not None:
+            await self._server.recover(call.lost)
+        await self._send(call.groups)
 
     async def _send(self, groups: list[_Group]) -> None:
         wanted = groups[0].durability
@@ -275,20 +388,7 @@ class _Lane:
         self, groups: list[_Group], wanted: Durability | None, *, stale: bool, registered: bool
     ) -> tuple[list[Any], int | None, NodeSettings | None]:
         """One function call; behind it on the same connection what tells how durable it is."""
-        flags = ("r" if registered else "") + ("w" if wanted else "")
-        head: list[bytes | str | int] = [
-            b"%d" % (time.time_ns() // 1_000_000),
-            flags,
-            secrets.token_hex(8),
-        ]
-        args = self._fixed_args + len(head) - 1
-        args += sum(3 + 4 * len(group.events) for group in groups)
-        packed = [
-            b"*%d\r\n" % args,
-            self._call_head,
-            pack(*head).split(b"\r\n", 1)[1],
-            *(group.packed for group in groups),
-        ]
+        packed = self._packed(groups, wanted, registered=registered)
         behind = [pack("WAIT", 1, WAIT_TIMEOUT_MS)] if wanted is Durability.REPLICATED else []
         behind += self._server.SETTINGS_COMMANDS if stale else ()
         replies = await self._server.exchange_function(
@@ -308,6 +408,17 @@ class _Lane:
         if wanted is Durability.REPLICATED:
             replicas = int(self._server.checked(replies[1]))
         return replies[0], replicas, settings
+
+    def _packed(
+        self, groups: list[_Group], wanted: Durability | None, *, registered: bool
+    ) -> list[bytes]:
+        flags = ("r" if registered else "") + ("w" if wanted else "")
+        head = f"{time.time_ns() // 1_000_000} {flags} {secrets.token_hex(8)}".encode()
+        args = self._fixed_args + 1
+        for group in groups:
+            args += _GROUP_ARGS + _EVENT_ARGS * len(group.events)
+        packed = [b"*%d\r\n" % args, self._call_head, _packed_strings(head)]
+        return packed + [group.packed for group in groups]
 
     def _settle(
         self,

@@ -7,8 +7,8 @@ library and never a newer one. OLDEST_CLIENT is the oldest protocol that this fi
 Refusals of a whole call are error replies: a code of ours, then facts divided by spaces.
 Commit and publish never take the stream as a key, so a projector needs no right to write it. ]]
 
-local VERSION = 1
-local OLDEST_CLIENT = 1
+local VERSION = 2
+local OLDEST_CLIENT = 2
 local CLOCK_SKEW_LIMIT_MS = 300000
 -- 15 digits are exact in a Lua number; a larger time half can only be foreign.
 local MAX_TIME_DIGITS = 15
@@ -63,16 +63,26 @@ local function read_head(key)
   return whole and head or nil
 end
 
+local function write_tail(key, head)
+  call('HSET', key, 'id', head.id, 'seq', head.seq, 'added', head.added, 'length', head.length,
+       'own', head.own)
+end
+
 local function write_head(key, head)
-  call('HSET', key, 'epoch', head.epoch, 'id', head.id, 'seq', head.seq, 'added', head.added,
-       'length', head.length, 'own', head.own, 'incidents', head.incidents)
+  call('HSET', key, 'epoch', head.epoch, 'incidents', head.incidents)
+  write_tail(key, head)
 end
 
 local function read_tail(stream)
-  if call('EXISTS', stream) == 0 then
+  local info = redis.pcall('XINFO', 'STREAM', stream)
+  if info.err then
+    if call('EXISTS', stream) == 1 then return call('XINFO', 'STREAM', stream) end  -- raises
     return {id = '0-0', added = 0, length = 0}
   end
-  local info = call('XINFO', 'STREAM', stream)
+  -- The order that every server has; half of the time goes into looking for names.
+  if info[1] == 'length' and info[7] == 'last-generated-id' and info[11] == 'entries-added' then
+    return {length = info[2], id = info[8], added = info[12]}
+  end
   local tail = {}
   for i = 1, #info, 2 do
     if info[i] == 'length' then tail.length = info[i + 1]
@@ -189,62 +199,76 @@ local function next_time_ms(head, now)
   return time
 end
 
--- Groups in ARGV, each: expected seq (-1: any), latest `at` in ms, count, then per event
--- type, id, data, SHA-256 of data.
-local EVENT_ARGS = 4
-local FIRST_GROUP = 5
+-- Groups in ARGV, each: 'expected seq (-1: any), latest `at` in ms, count', the names of its types
+-- divided by spaces, which of them each event has (a byte an event, 'A' the first; empty where
+-- there is one), then per event id, data, SHA-256 of data. Few arguments: each costs as much as a
+-- table access does.
+local EVENT_ARGS = 3
+local FIRST_GROUP = 3
+local FIRST_TYPE = 65  -- 'A'
 
 local function read_groups(args)
-  local groups, ids, at = {}, {}, FIRST_GROUP
-  while at <= #args do
-    local group = {expected = tonumber(args[at]), latest_at = tonumber(args[at + 1]),
-                   count = tonumber(args[at + 2]), first = at + 3}
-    for event = group.first, group.first + (group.count - 1) * EVENT_ARGS, EVENT_ARGS do
-      ids[#ids + 1] = args[event + 1]
+  local groups, ids, count, at, last = {}, {}, 0, FIRST_GROUP, #args
+  while at <= last do
+    local expected, latest_at, events = string.match(args[at], '^(-?%d+) (%d+) (%d+)$')
+    local group = {expected = tonumber(expected), latest_at = tonumber(latest_at), first = at + 3,
+                   last = at + 3 + (tonumber(events) - 1) * EVENT_ARGS,
+                   types = args[at + 1], codes = args[at + 2]}
+    for event = group.first, group.last, EVENT_ARGS do
+      count = count + 1
+      ids[count] = args[event]
     end
     groups[#groups + 1] = group
-    at = group.first + group.count * EVENT_ARGS
+    at = group.last + EVENT_ARGS
   end
   return groups, ids
 end
 
 -- Plans one group against what is known: its new events, its duplicates, or the refusal.
 local function plan(group, args, known, head, ms)
-  local new, duplicates, seq = {}, {}, head.seq
-  for event = group.first, group.first + (group.count - 1) * EVENT_ARGS, EVENT_ARGS do
-    local id, sha256 = args[event + 1], args[event + 3]
+  local new, count, duplicates, seq, pack = {}, 0, {}, head.seq, struct.pack
+  for event = group.first, group.last, EVENT_ARGS do
+    local id, sha256 = args[event], args[event + 2]
     local value = known[id]
-    local offset = (event - group.first) / EVENT_ARGS
     if not value then
-      seq = seq + 1
-      known[id] = index_value(ms, seq, sha256)
-      new[#new + 1] = event
+      seq, count = seq + 1, count + 1
+      known[id] = pack('>I6I6', ms, seq) .. sha256
+      new[count] = event
     else
       local old_ms, old_seq = struct.unpack('>I6I6', value)
+      local offset = (event - group.first) / EVENT_ARGS
       if string.sub(value, 13) ~= sha256 then
         return new, {1, offset, old_ms, old_seq, string.sub(value, 13)}
       end
-      duplicates[#duplicates + 1] = offset
-      duplicates[#duplicates + 1] = old_ms
-      duplicates[#duplicates + 1] = old_seq
+      local at = #duplicates
+      duplicates[at + 1], duplicates[at + 2], duplicates[at + 3] = offset, old_ms, old_seq
     end
   end
-  if #new > 0 and group.expected >= 0 and group.expected ~= head.seq then
+  if count > 0 and group.expected >= 0 and group.expected ~= head.seq then
     return new, {2, head.seq}
   end
-  if #new > 0 and group.latest_at > ms + CLOCK_SKEW_LIMIT_MS then
+  if count > 0 and group.latest_at > ms + CLOCK_SKEW_LIMIT_MS then
     return new, {3, ms}
   end
   return new, nil, duplicates
 end
 
-local function write_group(stream, new, args, known, head, ms, index_args)
-  local xadd, prefix, seq = redis.call, string.format('%.0f-', ms), head.seq
-  local at = #index_args
-  for _, event in ipairs(new) do
-    local id = args[event + 1]
+local function type_names(group)
+  local names = {}
+  for name in string.gmatch(group.types, '%S+') do names[#names + 1] = name end
+  return names
+end
+
+local function write_group(stream, group, new, args, known, head, ms, index_args)
+  local xadd, byte, prefix = redis.call, string.byte, string.format('%.0f-', ms)
+  local seq, at, one, names = head.seq, #index_args, group.types, nil
+  if group.codes ~= '' then one, names = nil, type_names(group) end
+  for i = 1, #new do
+    local event = new[i]
+    local id = args[event]
+    local kind = one or names[byte(group.codes, (event - group.first) / EVENT_ARGS + 1) - FIRST_TYPE + 1]
     seq = seq + 1  -- as text it is exact up to 14 digits
-    xadd('XADD', stream, prefix .. seq, 'type', args[event], 'id', id, 'data', args[event + 2])
+    xadd('XADD', stream, prefix .. seq, 'type', kind, 'id', id, 'data', args[event + 1])
     index_args[at + 1], index_args[at + 2] = id, known[id]
     at = at + 2
   end
@@ -254,19 +278,22 @@ end
 local function append_groups(keys, args, head, ms)
   local groups, ids = read_groups(args)
   local found, known = call('HMGET', keys[3], unpack(ids)), {}
-  for i, value in ipairs(found) do
-    if value and #value ~= INDEX_VALUE_BYTES then return refuse('LEDGERBADINDEX', ids[i]) end
-    if value then known[ids[i]] = value end
+  for i = 1, #ids do
+    local value = found[i]
+    if value then
+      if #value ~= INDEX_VALUE_BYTES then return refuse('LEDGERBADINDEX', ids[i]) end
+      known[ids[i]] = value
+    end
   end
   local results, index_args, before = {}, {}, head.seq
   for g, group in ipairs(groups) do
     local first_seq = head.seq + 1
     local new, refusal, duplicates = plan(group, args, known, head, ms)
     if refusal then
-      for _, event in ipairs(new) do known[args[event + 1]] = nil end
+      for _, event in ipairs(new) do known[args[event]] = nil end
       results[g] = refusal
     else
-      write_group(keys[1], new, args, known, head, ms, index_args)
+      write_group(keys[1], group, new, args, known, head, ms, index_args)
       results[g] = {0, ms, first_seq, duplicates}
     end
   end
@@ -276,25 +303,27 @@ local function append_groups(keys, args, head, ms)
     head.id = string.format('%.0f-%.0f', ms, head.seq)
     head.added, head.length = head.added + written, head.length + written
     head.own = head.own + written
-    write_head(keys[2], head)
+    if head.new then write_head(keys[2], head) else write_tail(keys[2], head) end
   end
   return results, #index_args > 0
 end
 
--- KEYS: stream, head, index. ARGV: protocol, client's ms, flags, epoch for a new tenant, groups.
+-- KEYS: stream, head, index. ARGV: protocol, 'client's ms, flags, epoch for a new tenant', groups.
 -- Flags: `r` the tenant's name is in the registry; `w` make an effective write in any case.
 local function append(keys, args)
   local refusal = protocol_refusal(args[1])
   if refusal then return refusal end
   local now = server_now_ms()
-  if math.abs(now - tonumber(args[2])) > CLOCK_SKEW_LIMIT_MS then
+  local client_ms, flags, epoch = string.match(args[2], '^(%d+) (%a*) (%x+)$')
+  if math.abs(now - tonumber(client_ms)) > CLOCK_SKEW_LIMIT_MS then
     return refuse('LEDGERSKEW', string.format('%.0f', now))
   end
   local head = read_head(keys[2])
   if not head then
     if call('EXISTS', keys[1], keys[3]) > 0 then return refuse('LEDGERNOHEAD') end
-    if not string.find(args[3], 'r', 1, true) then return refuse('LEDGERUNREGISTERED') end
-    head = {epoch = args[4], id = '0-0', seq = 0, added = 0, length = 0, own = 0, incidents = 0}
+    if not string.find(flags, 'r', 1, true) then return refuse('LEDGERUNREGISTERED') end
+    head = {epoch = epoch, id = '0-0', seq = 0, added = 0, length = 0, own = 0, incidents = 0,
+            new = true}
   end
   local notes, notes_refusal = reconcile(keys, head, now)
   if not notes then return notes_refusal end
@@ -306,7 +335,7 @@ local function append(keys, args)
   end
   local results, wrote = append_groups(keys, args, head, next_time_ms(head, now))
   if results.err then return results end
-  if not wrote and string.find(args[3], 'w', 1, true) then
+  if not wrote and string.find(flags, 'w', 1, true) then
     call('HINCRBY', keys[2], 'touched', 1)
   end
   return {head.epoch, notes, results}

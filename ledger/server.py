@@ -12,28 +12,29 @@ import asyncio
 import logging
 import random
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from importlib.resources import files
-from typing import Any, Final, Protocol, Self
+from typing import Any, Final, Self
 from urllib.parse import urlsplit
 
 from redis import exceptions as redis_errors
-from redis.asyncio import ConnectionPool, Redis, RedisCluster
-from redis.asyncio.connection import AbstractConnection
+from redis.asyncio import Redis, RedisCluster
+from redis.asyncio.cluster import ClusterNode
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
 
 from ledger import errors, keys
 from ledger.connect import cluster_client, embedded_path, pool, sentinel_pool, shown_address
 from ledger.embedded import EmbeddedServer
 from ledger.replies import function_missing, library_is_old, translate
 from ledger.settings import Settings
+from ledger.wire import Pool, Wire
 
 __all__ = ["LIBRARY_VERSION", "NodeSettings", "Reply", "Server", "library_source", "pack"]
 
-LIBRARY_VERSION: Final = 1
+LIBRARY_VERSION: Final = 2
 """The protocol this client speaks, and the version of functions.lua that it ships."""
 
 REPLY_TIMEOUT_S: Final = 10.0
@@ -91,35 +92,6 @@ class NodeSettings:
         return (self.maxmemory_policy or "").startswith("allkeys-")
 
 
-class _Node(Protocol):
-    """Where connections to one server are had: ours below, or redis-py's ClusterNode."""
-
-    def acquire_connection(self) -> AbstractConnection: ...
-    def release(self, connection: AbstractConnection) -> None: ...
-
-
-class _Pool:
-    """Idle connections to one address. redis-py's own pool costs a probe for each use."""
-
-    def __init__(self, maker: ConnectionPool) -> None:
-        self._maker = maker
-        self._idle: deque[AbstractConnection] = deque()
-
-    def acquire_connection(self) -> AbstractConnection:
-        if self._idle:
-            return self._idle.pop()
-        made: AbstractConnection = self._maker.make_connection()  # type: ignore[no-untyped-call]
-        return made
-
-    def release(self, connection: AbstractConnection) -> None:
-        self._idle.append(connection)
-
-    async def aclose(self) -> None:
-        while self._idle:
-            await self._idle.pop().disconnect()
-        await self._maker.disconnect()
-
-
 class Server:
     """A connection to where the ledger lives. Make it with `Server.open`."""
 
@@ -127,13 +99,14 @@ class Server:
         self.settings = settings
         self.address = shown_address(settings.redis_url)
         self.embedded: EmbeddedServer | None = None
-        self._pool: _Pool | None = None
+        self._primary: Pool | None = None
         self._cluster: RedisCluster | None = None
-        self._node_settings: dict[str, NodeSettings] = {}
+        self._cluster_pools: dict[str, Pool] = {}
+        self._node_settings: dict[str, tuple[int, NodeSettings]] = {}
         self._sentinels: list[Redis] = []
         self._closed = False
         self.generation = 0
-        """Grows whenever a connection broke: what was read of a node before may be of another."""
+        """Grows with each connection that broke or opened: it may lead to another node."""
 
     @classmethod
     async def open(cls, settings: Settings) -> Self:
@@ -160,8 +133,8 @@ class Server:
     async def aclose(self) -> None:
         """Closes every connection and, for an embedded server, leaves it to its other users."""
         self._closed = True
-        if self._pool:
-            await self._pool.aclose()
+        for one in self._pools():
+            await one.aclose()
         if self._cluster:
             await self._cluster.aclose()
         for sentinel in self._sentinels:
@@ -177,13 +150,13 @@ class Server:
             url = self.embedded.url
         if scheme == "redis+sentinel":
             primary, self._sentinels = sentinel_pool(self.settings)
-            self._pool = _Pool(primary)
         else:
-            self._pool = _Pool(pool(url, self.settings))
+            primary = pool(url, self.settings)
+        self._primary = Pool(primary.make_connection)
         # Asked whatever the scheme: who cannot get in is to learn it here.
         if await self._is_cluster() and scheme in ("redis", "rediss"):
-            await self._pool.aclose()
-            self._pool = None
+            await self._primary.aclose()
+            self._primary = None
             self._cluster = cluster_client(url, self.settings)
             await self._cluster_topology()
 
@@ -226,6 +199,20 @@ class Server:
             await self.load_library(key)
             got = await self.exchange(key, packed, replies)
         return got
+
+    def is_retryable(self, reply: Exception) -> bool:
+        """Whether the same request may get another answer a little later, or from another node."""
+        return self._worth_another_attempt(reply) is not None
+
+    async def recover(self, error: Exception) -> None:
+        """What `exchange` does after a first attempt that broke, for one that was made elsewhere.
+
+        Raises:
+            Unavailable: nothing is to be tried again.
+        """
+        if self.settings.memory_max_reconnect_attempts == 0:
+            raise translate(error, self.address) from error
+        await self._recover(0)
 
     def checked(self, reply: Reply) -> Reply:
         """`reply` itself; an error reply is raised as what it means."""
@@ -277,21 +264,28 @@ class Server:
         self, key: str, packed: list[bytes], replies: int, timeout_s: float
     ) -> list[Reply]:
         """MOVED, LOADING and their like become errors worth another attempt; an ASK is followed."""
-        got = await self._exchange_with(self._node(key), packed, replies, timeout_s)
+        got = await self._exchange_with(self._pool(key), packed, replies, timeout_s)
         asked = next((reply for reply in got if isinstance(reply, redis_errors.AskError)), None)
         if asked is not None and self._cluster:
             node = self._cluster.get_node(host=asked.host, port=asked.port)
             if node is not None:
-                got = await self._exchange_asking(node, packed, replies, timeout_s)  # type: ignore[arg-type]
+                got = await self._exchange_asking(self._node_pool(node), packed, replies, timeout_s)
         for reply in got:
             if isinstance(reply, redis_errors.RedisError):
-                named = translate(reply, self.address)
-                if isinstance(named, _RETRYABLE):
+                named = self._worth_another_attempt(reply)
+                if named is not None:
                     raise named from reply
         return got
 
+    def _worth_another_attempt(self, reply: Exception) -> errors.LedgerError | None:
+        named = translate(reply, self.address)
+        if self._sentinels and isinstance(named, errors.ReadOnlyReplica):
+            # It was the primary when we asked the sentinels; the next connection asks them again.
+            return errors.ServerUnreachable(f"{named.message}: it was the primary", hint=named.hint)
+        return named if isinstance(named, _RETRYABLE) else None
+
     async def _exchange_asking(
-        self, node: _Node, packed: list[bytes], replies: int, timeout_s: float
+        self, node: Pool, packed: list[bytes], replies: int, timeout_s: float
     ) -> list[Reply]:
         asking = pack("ASKING")
         if len(packed) != replies:  # a function call in parts; what is behind it has no key
@@ -300,34 +294,38 @@ class Server:
         return (await self._exchange_with(node, each, 2 * replies, timeout_s))[1::2]
 
     async def _exchange_with(
-        self, node: _Node, packed: list[bytes], replies: int, timeout_s: float
+        self, node: Pool, packed: list[bytes], replies: int, timeout_s: float
     ) -> list[Reply]:
         try:
-            # The handshake of a new connection counts too: a hung server accepts, and says nothing.
-            async with asyncio.timeout(timeout_s), self._connection(node) as connection:
-                await connection.send_packed_command(packed, check_health=False)
-                return [await _reply(connection) for _ in range(replies)]
+            wire = node.take() or await self._opened(node, timeout_s)
+            try:
+                return await wire.exchange(b"".join(packed), replies, timeout_s)
+            finally:
+                node.give(wire)
         except (redis_errors.RedisError, OSError) as error:
             raise translate(error, self.address) from error
 
-    @asynccontextmanager
-    async def _connection(self, node: _Node) -> AsyncIterator[AbstractConnection]:
-        connection = node.acquire_connection()
-        try:
-            if not connection.is_connected:
-                await connection.connect()  # type: ignore[no-untyped-call]
-            yield connection
-        except BaseException:
-            await connection.disconnect(nowait=True)
-            raise
-        finally:
-            if self._closed:
-                await connection.disconnect(nowait=True)
-            node.release(connection)
+    async def _opened(self, node: Pool, timeout_s: float) -> Wire:
+        # A hung server accepts a connection, and says nothing.
+        async with asyncio.timeout(timeout_s):
+            wire = await node.open()
+        self.generation += 1
+        return wire
 
-    def _node(self, key: str) -> _Node:
-        if self._pool:
-            return self._pool
+    def lease(self, key: str) -> tuple[Pool, Wire] | None:
+        """An idle connection to the node of `key`, to be given back to its pool; None where there
+        is none at hand or nobody can say which node.
+        """
+        try:
+            node = self._pool(key)
+        except errors.LedgerError:
+            return None
+        wire = node.take()
+        return (node, wire) if wire else None
+
+    def _pool(self, key: str) -> Pool:
+        if self._primary:
+            return self._primary
         if self._cluster is None:
             raise errors.ServerUnreachable(f"{self.address}: the connection is closed")
         try:
@@ -336,7 +334,18 @@ class Server:
             raise translate(error, self.address) from error
         if node is None:
             raise errors.ServerUnreachable(f"{self.address}: no cluster node serves {key}")
-        return node  # type: ignore[return-value]  # its release() takes what it gave
+        return self._node_pool(node)
+
+    def _node_pool(self, node: ClusterNode) -> Pool:
+        known = self._cluster_pools.get(node.name)
+        if known is None:
+            options = {**node.connection_kwargs, "retry": Retry(NoBackoff(), 0)}
+            known = Pool(partial(node.connection_class, **options))
+            self._cluster_pools[node.name] = known
+        return known
+
+    def _pools(self) -> list[Pool]:
+        return [*([self._primary] if self._primary else ()), *self._cluster_pools.values()]
 
     async def _recover(self, attempt: int) -> None:
         self._node_settings.clear()
@@ -347,8 +356,10 @@ class Server:
         try:
             if self.embedded:
                 await asyncio.to_thread(self.embedded.ensure_running)
+            # Where one connection broke the idle ones may be stale too: each would cost an attempt.
+            for one in self._pools():
+                await one.drop_idle()
             if self._cluster:
-                await _drop_idle(self._cluster)
                 await self._cluster_topology()
         except errors.Unavailable as error:
             _log.debug("not back yet: %s", error)
@@ -421,14 +432,14 @@ class Server:
 
     def known_settings(self, key: str) -> NodeSettings | None:
         """The settings of the node of `key` where they are known and fresh."""
-        known = self._node_settings.get(self._node_name(key))
-        if known and time.monotonic() - known.read_at < SETTINGS_AGE_LIMIT_S:
-            return known
-        return None
+        generation, known = self._node_settings.get(self._node_name(key), (0, None))
+        if known is None or generation != self.generation:
+            return None
+        return known if time.monotonic() - known.read_at < SETTINGS_AGE_LIMIT_S else None
 
     def last_settings(self, key: str) -> NodeSettings | None:
         """The settings of the node of `key` as last read, however long ago; None = never."""
-        return self._node_settings.get(self._node_name(key))
+        return self._node_settings.get(self._node_name(key), (0, None))[1]
 
     async def node_settings(self, key: str, *, anew: bool = False) -> NodeSettings:
         """The settings of the node of `key`, at most a second old; `anew`: read just now."""
@@ -446,7 +457,7 @@ class Server:
         `generation`, when they may be another node's.
         """
         seen, info = _config(replies[0]), _info(replies[1])
-        before = self._node_settings.get(self._node_name(key))
+        before = self.last_settings(key)
         if not seen and info.get("run_id"):
             seen = await self._attested(info["run_id"])
         known = NodeSettings(
@@ -459,7 +470,7 @@ class Server:
             version=info.get("valkey_version") or info.get("redis_version"),
         )
         if generation == self.generation:
-            self._node_settings[self._node_name(key)] = known
+            self._node_settings[self._node_name(key)] = (generation, known)
         return known
 
     async def _attested(self, run_id: str) -> dict[str, str]:
@@ -487,24 +498,6 @@ class Server:
         flat = [part for pair in fields.items() for part in pair]
         await self.command(where, "HSET", where, *flat)
         await self.command(where, "EXPIRE", where, keys.ATTESTATION_TTL_SECONDS)
-
-
-async def _drop_idle(cluster: RedisCluster) -> None:
-    """Where one idle connection is stale so are others, and redis-py hands out the oldest first:
-    each would cost an attempt.
-    """
-    for node in cluster.get_nodes():
-        for connection in tuple(node._free):  # noqa: SLF001 - the public way waits, and races with use
-            await connection.disconnect(nowait=True)
-
-
-async def _reply(connection: AbstractConnection) -> Reply:
-    try:
-        return await connection.read_response(disable_decoding=True, disconnect_on_error=False)
-    except redis_errors.ResponseError as error:
-        return error
-    except redis_errors.BusyLoadingError as error:  # a ConnectionError by class, a reply by nature
-        return error
 
 
 def _raw(reply: Reply) -> bytes:
