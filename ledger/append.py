@@ -32,7 +32,7 @@ __all__ = ["BATCH_EVENTS_LIMIT", "Appender", "Durability", "Receipt"]
 BATCH_EVENTS_LIMIT: Final = 1000
 """Events in one append_many, which is all or nothing."""
 
-GATHER_EVENTS: Final = 200
+GATHER_EVENTS: Final = 128
 GATHER_BYTES: Final = 1024 * 1024
 """How much of several callers' work one function call carries; more would hold readers up."""
 
@@ -110,22 +110,28 @@ class _Group:
 
 def _packed_group(events: Sequence[EncodedEvent], expected_seq: int | None) -> bytes:
     """The group as functions.lua reads it: its header, its types, then the events."""
+    expected = -1 if expected_seq is None else expected_seq
+    if len(events) == 1:
+        ((kind, event_id, data, digest, at_ms),) = events
+        header, id_raw = b"%d %d 1" % (expected, max(at_ms or 0, 0)), event_id.encode()
+        sizes = (len(header), header, len(kind), kind.encode(), len(id_raw), id_raw, len(data))
+        return _PACKED_ALONE % (*sizes, data, digest)
     types = {event.type: b"" for event in events}
     codes = b""
     if len(types) > 1:
         places = {kind: b"%c" % (_FIRST_TYPE + n) for n, kind in enumerate(types)}
         codes = b"".join([places[event.type] for event in events])
     latest = max([event.at_ms or 0 for event in events])
-    expected = -1 if expected_seq is None else expected_seq
     header = b"%d %d %d" % (expected, max(latest, 0), len(events))
     parts = [_packed_strings(header, " ".join(types).encode(), codes)]
     for _, event_id, data, digest, _ in events:
         id_raw = event_id.encode()
-        parts.append(
-            b"$%d\r\n%b\r\n$%d\r\n%b\r\n$32\r\n%b\r\n"
-            % (len(id_raw), id_raw, len(data), data, digest)
-        )
+        parts.append(_PACKED_EVENT % (len(id_raw), id_raw, len(data), data, digest))
     return b"".join(parts)
+
+
+_PACKED_EVENT: Final = b"$%d\r\n%b\r\n$%d\r\n%b\r\n$32\r\n%b\r\n"
+_PACKED_ALONE: Final = b"$%d\r\n%b\r\n$%d\r\n%b\r\n$0\r\n\r\n" + _PACKED_EVENT
 
 
 def _packed_strings(*values: bytes) -> bytes:
@@ -158,21 +164,24 @@ class Appender:
         self._lanes: dict[str, _Lane] = {}
         self._feed = _Feed(server)
 
-    async def append(
+    def put(
         self,
         tenant: str,
         events: Sequence[Event],
         expected_seq: int | None,
         durability: Durability | None,
-    ) -> list[Receipt]:
-        """Receipts in the order of `events`; all are recorded, or none."""
+    ) -> asyncio.Future[list[Receipt]]:
+        """Receipts in the order of `events`; all are recorded, or none.
+
+        What is put first is recorded first, unless it is refused.
+        """
         encoded = prepare(tenant, events, expected_seq)
         lane = self._lanes.get(tenant)
         if lane is None:
             lane = self._lanes[tenant] = _Lane(self.server, tenant, self._feed)
         done: asyncio.Future[list[Receipt]] = asyncio.get_running_loop().create_future()
         lane.put(_Group(encoded, expected_seq, durability or self.durability, done))
-        return await done
+        return done
 
     async def aclose(self) -> None:
         """Waits for the calls in flight and for the last hints."""
@@ -207,6 +216,7 @@ class _Lane:
         self._waiting: deque[_Group] = deque()
         self._waiting_events = 0
         self._in_flight = 0
+        self._events_in_flight = 0
         self._lease: tuple[Pool, Wire] | None = None
         self._slow: deque[_Call] = deque()
         self._slow_task: asyncio.Task[None] | None = None
@@ -224,7 +234,12 @@ class _Lane:
         self._waiting_events += len(group.events)
         if not self._gathers and not self._in_flight:
             self._flush()
-        elif not self._flush_comes:  # when all who are ready to run now have put theirs
+        else:
+            self._flush_soon()
+
+    def _flush_soon(self) -> None:
+        """When all callers who are about to run have put theirs."""
+        if not self._flush_comes:
             self._flush_comes = True
             asyncio.get_running_loop().call_soon(self._flush)
 
@@ -247,10 +262,11 @@ class _Lane:
             self._quiet.set()
 
     def _take(self) -> list[_Group]:
-        """The next call's load; half of what waits where the other half can go beside it."""
-        half = self._waiting_events // 2
-        split = not self._in_flight and SECOND_CALL_EVENTS <= half < GATHER_EVENTS
-        limit = half if split else GATHER_EVENTS
+        """The next call's load: half of all that is on its way, so that one call is executed while
+        the callers of the other one go on; all that waits where that is little.
+        """
+        half = (self._waiting_events + self._events_in_flight + 1) // 2
+        limit = min(half, GATHER_EVENTS) if half >= SECOND_CALL_EVENTS else GATHER_EVENTS
         first = self._waiting.popleft()
         groups, events, size = [first], len(first.events), first.bytes
         while self._waiting:
@@ -278,6 +294,7 @@ class _Lane:
             return False
         answered = partial(self._answered, groups, settings, self._server.generation)
         self._in_flight += 1
+        self._events_in_flight += sum([len(group.events) for group in groups])
         packed = b"".join(self._packed(groups, wanted, registered=False))
         self._lease[1].request(packed, 1, answered, REPLY_TIMEOUT_S)
         return True
@@ -291,6 +308,7 @@ class _Lane:
         error: Exception | None,
     ) -> None:
         self._in_flight -= 1
+        self._events_in_flight -= sum([len(group.events) for group in groups])
         reply = replies[0] if replies else None
         if isinstance(reply, list) and generation == self._server.generation:
             self._settle(groups, reply, _reached(settings, None), groups[0].durability, None)
@@ -304,7 +322,10 @@ class _Lane:
             node, wire = self._lease
             self._lease = None
             node.give(wire)
-        self._flush()
+        if self._gathers:
+            self._flush_soon()
+        else:
+            self._flush()
 
     # -- the other way ------------------------------------------------------------------------
 

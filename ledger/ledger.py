@@ -95,9 +95,7 @@ class Ledger:
             IndexBehind, StreamBlocked, ForeignEntries: foreign hands; the hint says the way out.
             DurabilityNotReached: it may be recorded, but not as safely as asked.
         """
-        receipts = await self._appender.append(
-            tenant, (event,), expected_seq, _durability(durability)
-        )
+        receipts = await self._appender.put(tenant, (event,), expected_seq, _durability(durability))
         return receipts[0]
 
     async def append_many(
@@ -115,7 +113,7 @@ class Ledger:
         Raises:
             InvalidInput: there is no event, or more than 1,000.
         """
-        return await self._appender.append(tenant, events, expected_seq, _durability(durability))
+        return await self._appender.put(tenant, events, expected_seq, _durability(durability))
 
     # -- read ---------------------------------------------------------------------------------
 
