@@ -17,6 +17,7 @@ class Proxy:
     `requests` has what clients sent, one item a round trip: bytes that followed a reply begin a
     new one. `lose_reply_to` names bytes: the next request that has them is executed by the server,
     and its reply is lost with the connection. While `silent`, no reply gets through.
+    `takes_over`: the server that answers behind this address once a reply was lost.
     """
 
     def __init__(self, server: Server) -> None:
@@ -24,6 +25,7 @@ class Proxy:
         self.lose_reply_to: bytes | None = None
         self.lost = asyncio.Event()
         self.silent = False
+        self.takes_over: Server | None = None
         self._port = server.port
         self._tasks: set[asyncio.Task[None]] = set()
         self._writers: list[asyncio.StreamWriter] = []
@@ -78,6 +80,8 @@ class Proxy:
         while data := await reader.read(1 << 20):
             turn.replied = True
             if turn.lost:
+                if self.takes_over:
+                    self._port = self.takes_over.port
                 self.lost.set()
                 break
             if not self.silent:

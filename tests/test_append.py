@@ -106,6 +106,19 @@ async def test_a_call_carries_about_two_hundred_events_of_many_callers(server, t
         assert max(digests) <= GATHER_EVENTS
 
 
+@pytest.mark.parametrize("lost", ["1-0", "2-0", "9-19"])
+async def test_what_is_put_first_is_recorded_first_whatever_breaks(server, tenant, lost):
+    """Batches that are started in order land in order, though a connection breaks among them."""
+    async with Proxy(server) as proxy, Ledger.connect(proxy.url) as book:
+        await book.append(tenant, decision("first"))
+        proxy.lose_reply_to = f'"{lost}"'.encode()
+        batches = [[decision(f"{n}-{m}") for m in range(20)] for n in range(10)]
+        got = await asyncio.gather(*(book.append_many(tenant, batch) for batch in batches))
+        assert proxy.lose_reply_to is None
+        seqs = [receipt.seq for receipts in got for receipt in receipts]
+        assert seqs == list(range(2, 202))
+
+
 # -- order, density, time -------------------------------------------------------------------------
 
 
@@ -342,6 +355,24 @@ async def test_an_append_whose_reply_was_lost_is_retried_by_its_id(server, tenan
         assert proxy.lost.is_set()
         assert [(r.seq, r.duplicate) for r in receipts] == [(2, True), (3, True)]
         assert [seq for seq, *_ in await recorded(book, tenant)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("idle", [True, False], ids=["connected", "connecting"])
+async def test_a_receipt_after_a_failover_speaks_of_the_new_node(fresh_server, monkeypatch, idle):
+    """What is known of a node that fsyncs says nothing of the one that took its address over."""
+    monkeypatch.setattr("ledger.server.SETTINGS_AGE_LIMIT_S", 3600)
+    before, after = fresh_server(), fresh_server(config={"appendfsync": "everysec"})
+    async with Proxy(before) as proxy, Ledger.connect(proxy.url) as book:
+        first = await book.append("t", decision("first"))
+        again = await book.append("t", decision("second"))
+        assert {first.durability, again.durability} == {Durability.FSYNCED}
+        if not idle:
+            await book.server._primary.drop_idle()
+        proxy.lose_reply_to, proxy.takes_over = b"third", after
+        third = await book.append("t", decision("third"))
+        assert not third.duplicate  # the old node has it too, and is gone
+        assert third.seq == 1
+        assert third.durability is Durability.MEMORY
 
 
 async def test_a_lost_reply_without_retries_is_an_error_and_safe_to_repeat(server, tenant):
