@@ -16,14 +16,13 @@ from hashlib import sha256
 from typing import Annotated, Any, Final, Literal, NamedTuple, Union
 
 import msgspec
-import orjson
 
 from ledger.events import (
-    ENCODING,
     EVENT_BYTES_LIMIT,
     ID_PATTERN,
     RECORDABLE,
     EncodedEvent,
+    canonical_bytes,
     encode,
     event_from_json,
     finite_json,
@@ -63,7 +62,7 @@ def proven(line: bytes) -> EncodedEvent | None:
         for name, finish in checker.more:
             if fields.get(name) is not None:
                 fields[name] = finish(fields[name], line)
-        data = orjson.dumps(fields, option=ENCODING)
+        data = canonical_bytes(fields)
     except (msgspec.MsgspecError, ValueError, TypeError, RecursionError):
         return None  # the models say what is wrong with it, if anything is
     if len(data) > EVENT_BYTES_LIMIT:

@@ -70,7 +70,7 @@ METADATA_BYTES_LIMIT: Final = 8 * 1024
 ID_LENGTH_LIMIT: Final = 128
 ID_PATTERN: Final = r"^[^\x00-\x1f\x7f]+$"
 _LIST_LIMIT: Final = 256
-ENCODING: Final = orjson.OPT_SORT_KEYS | orjson.OPT_UTC_Z
+_ENCODING: Final = orjson.OPT_SORT_KEYS | orjson.OPT_UTC_Z
 
 
 def utc(moment: datetime) -> datetime:
@@ -476,7 +476,7 @@ def _encode(event: Event) -> EncodedEvent:
     if event.at is None:
         del fields["at"]
     try:
-        data = orjson.dumps(fields, option=ENCODING)
+        data = canonical_bytes(fields)
     except (orjson.JSONEncodeError, RecursionError) as error:
         raise _invalid(event.id, [("", str(error))]) from None
     if len(data) > EVENT_BYTES_LIMIT:
@@ -485,8 +485,14 @@ def _encode(event: Event) -> EncodedEvent:
     return EncodedEvent(event.type, event.id, data, sha256(data).digest(), at_ms)
 
 
+def canonical_bytes(fields: Mapping[str, Any]) -> bytes:
+    """Raises orjson.JSONEncodeError, RecursionError."""
+    # A copy: what orjson returns stays in its buffer of 8 KiB.
+    return b"%b" % orjson.dumps(fields, option=_ENCODING)
+
+
 def _too_large(event_id: str, fields: Mapping[str, Any], size: int) -> InvalidEvent:
-    sizes = {name: len(orjson.dumps(value, option=ENCODING)) for name, value in fields.items()}
+    sizes = {name: len(orjson.dumps(value, option=_ENCODING)) for name, value in fields.items()}
     largest = max(sizes, key=lambda name: sizes[name])
     reason = f"the event is {size} bytes, the limit is {EVENT_BYTES_LIMIT}; "
     return _invalid(event_id, [(largest, f"{reason}this field alone is {sizes[largest]}")])
