@@ -488,7 +488,7 @@ def _encode(event: Event) -> EncodedEvent:
 def canonical_bytes(fields: Mapping[str, Any]) -> bytes:
     """Raises orjson.JSONEncodeError, RecursionError."""
     # A copy: what orjson returns stays in its buffer of 8 KiB.
-    return b"%b" % orjson.dumps(fields, option=_ENCODING)
+    return b"%b" % orjson.dumps(fields, None, _ENCODING)
 
 
 def _too_large(event_id: str, fields: Mapping[str, Any], size: int) -> InvalidEvent:
