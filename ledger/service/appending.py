@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any, Final
 
@@ -33,7 +33,7 @@ WAITING_EVENTS: Final = 10 * GROUP_EVENTS
 """How many events, of all tenants, wait for their groups to fill before all groups are sent."""
 
 TENANTS_AT_ONCE: Final = 8
-LINES_BETWEEN_YIELDS: Final = 32
+LINES_A_TURN: Final = 32
 BAD_LINES_SHOWN: Final = 10
 AHEAD_LIMIT_MS: Final = 300_000
 _LEVELS: Final = list(Durability)
@@ -167,8 +167,9 @@ async def append_checked(
             await recorder.whole(check.one_batch(), expected_seq)
             return recorder.landed
         try:
-            async for group in check.groups():
-                await recorder.send(group)
+            for groups in check.groups():
+                await recorder.send(*groups)
+                await asyncio.sleep(0)
             await recorder.finish()
         except errors.LedgerError as error:
             await recorder.settle()
@@ -198,6 +199,10 @@ class _Check:
         splitter = LineSplitter()
         async for chunk in self._source.chunks(twice=True):
             await self._check(splitter.feed(chunk))
+            self._kept_bytes += len(chunk)
+            if self._kept_bytes > KEPT_BYTES:
+                self._kept, self._gathering = None, _Gathering()
+                self._seen.clear()
             advance(len(chunk))
             await asyncio.sleep(0)  # lets Ctrl-C in
         await self._check(splitter.end())
@@ -218,11 +223,11 @@ class _Check:
                 tenant, event = event_of(line, self._tenant)
                 if event.at_ms is not None and event.at_ms > in_time_ms:
                     await self._refuse_future(tenant, event.at_ms)
-                self.count += 1
                 if self._kept is not None:
-                    self._keep(line, tenant, event)
+                    self._keep(self._kept, line.number, tenant, event)
             except errors.InvalidInput as error:
                 self._bad.add(line.number, line.raw, error)
+        self.count += len(lines)
 
     def _now_ms(self) -> float:
         return time.time() * 1000 + self._clock_ahead_ms
@@ -238,45 +243,37 @@ class _Check:
                 hint="`at` is when the engine decided, in UTC; set that machine's clock",
             )
 
-    def _keep(self, line: Line, tenant: str, event: EncodedEvent) -> None:
-        """Contradictions are found among what is kept; the ledger finds the rest."""
-        assert self._kept is not None
-        self._kept += self._gathering.put(tenant, line.number, event)
-        self._kept_bytes += line.size
-        if self._kept_bytes > KEPT_BYTES:
-            self._kept = None
-            self._gathering.rest()
-            self._seen.clear()
-        offered = (line.number, event.data)
-        first, data = self._seen[tenant].setdefault(event.id, offered)
+    def _keep(self, kept: list[_Group], number: int, tenant: str, event: EncodedEvent) -> None:
+        """Only among what is kept contradictions are found; the ledger finds the rest."""
+        if full := self._gathering.put(tenant, number, event):
+            kept += full
+        first, data = self._seen[tenant].setdefault(event.id, (number, event.data))
         if data != event.data:
             raise errors.InvalidEvent(
                 f"id: {event.id} is on line {first} too, with other content",
                 hint="a new event needs a new id",
             )
 
-    async def groups(self) -> AsyncIterator[_Group]:
-        """The events in order: the kept ones, or read and encoded anew."""
+    def groups(self) -> Iterator[Sequence[_Group]]:
+        """The events in order, what is kept or what is read and encoded anew, in turns: what is
+        under way wants to go on in between, and Ctrl-C to come in.
+        """
         if self._kept is not None:
-            for group in self._kept:
-                yield group
+            yield from ((group,) for group in self._kept)
             return
         gathering, splitter = _Gathering(), LineSplitter()
         for chunk in self._source.again():
-            async for group in self._encoded(gathering, splitter.feed(chunk)):
-                yield group
-        async for group in self._encoded(gathering, splitter.end()):
-            yield group
-        for group in gathering.rest():
-            yield group
+            yield from self._encoded(gathering, splitter.feed(chunk))
+        yield from self._encoded(gathering, splitter.end())
+        yield gathering.rest()
 
-    async def _encoded(self, gathering: _Gathering, lines: list[Line]) -> AsyncIterator[_Group]:
-        for turn, line in enumerate(lines, 1):
-            tenant, event = event_of(line, self._tenant)
-            for group in gathering.put(tenant, line.number, event):
-                yield group
-            if turn % LINES_BETWEEN_YIELDS == 0:
-                await asyncio.sleep(0)  # what is under way goes on, and Ctrl-C comes in
+    def _encoded(self, gathering: _Gathering, lines: list[Line]) -> Iterator[Sequence[_Group]]:
+        for start in range(0, len(lines), LINES_A_TURN):
+            full: list[_Group] = []
+            for line in lines[start : start + LINES_A_TURN]:
+                tenant, event = event_of(line, self._tenant)
+                full += gathering.put(tenant, line.number, event)
+            yield full
 
     def one_batch(self) -> _Group:
         """Raises InvalidInput where they do not fit into one atomic batch."""
@@ -338,7 +335,7 @@ async def _send_good(
             rejects.add(line.number, line.raw, error)
         else:
             await recorder.send(*gathering.put(whose, line.number, event, line.raw))
-        if turn % LINES_BETWEEN_YIELDS == 0:
+        if turn % LINES_A_TURN == 0:
             await asyncio.sleep(0)  # what is under way goes on, and Ctrl-C comes in
 
 
