@@ -9,12 +9,13 @@ is wrong with it. One encoder writes the bytes, so nobody can see which way a li
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import datetime
 from hashlib import sha256
 from typing import Annotated, Any, Final, Literal, Union
 
 import msgspec
+from pydantic import BaseModel
 
 from ledger.events import (
     EVENT_BYTES_LIMIT,
@@ -29,7 +30,7 @@ from ledger.events import (
     utc,
 )
 
-__all__ = ["encoded_from_json", "proven"]
+__all__ = ["checker", "encoded_from_json", "proven"]
 
 _BACKSLASH: Final = 0x5C
 _DEL: Final = 0x7F
@@ -257,14 +258,19 @@ def _is_plain(schema: dict[str, Any]) -> bool:
 _Checker = tuple[Callable[[bytes], Any], list[tuple[str, _Finish]]]
 
 
-def _checker(*, controls: bool) -> _Checker:
-    """`controls`: a string may hold control characters, so ids have to be searched for them."""
+def checker(models: Iterable[type[BaseModel]], *, controls: bool) -> _Checker:
+    """What decodes a line to the struct of one of the models, and what then finishes its fields.
+
+    Args:
+        models: of events.
+        controls: a string may hold control characters, so ids are searched for them.
+    """
     mirror = _Mirror(controls=controls)
-    events = [mirror.event(model.__pydantic_core_schema__) for model in RECORDABLE]
+    events = [mirror.event(model.__pydantic_core_schema__) for model in models]
     known = tuple(event for event in events if event is not _Doubtful) or (_Doubtful,)
     finishers = [(name, finish) for name, finish in mirror.more.items() if name != "at"]
     return msgspec.json.Decoder(Union[known]).decode, finishers  # noqa: UP007
 
 
-_PLAIN: Final = _checker(controls=False)
-_SEARCHING: Final = _checker(controls=True)
+_PLAIN: Final = checker(RECORDABLE, controls=False)
+_SEARCHING: Final = checker(RECORDABLE, controls=True)
