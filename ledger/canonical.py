@@ -57,30 +57,30 @@ def proven(line: bytes) -> EncodedEvent | None:
     # In JSON a control character within a string is escaped, or it is DEL.
     controls = line.find(_BACKSLASH) >= 0 or line.find(_DEL) >= 0
     decode, finishers = _SEARCHING if controls else _PLAIN
-    at_ms = None
     try:
         fields = msgspec.to_builtins(decode(line))
+        kind = fields["type"]
+        for name, finish in finishers[kind]:
+            if (value := fields.get(name)) is not None:
+                fields[name] = finish(value, line)
+        at_ms = None
         if (at := fields.get("at")) is not None:
-            moment = fields["at"] = _moment(at)
-            at_ms = int(moment.timestamp() * 1000)
+            at_ms = int(at.timestamp() * 1000)
         elif "at" in fields:
             del fields["at"]
-        for name, finish in finishers:
-            if fields.get(name) is not None:
-                fields[name] = finish(fields[name], line)
         data = canonical_bytes(fields)
     except (msgspec.MsgspecError, ValueError, TypeError, RecursionError):
         return None  # the models say what is wrong with it, if anything is
     if len(data) > EVENT_BYTES_LIMIT:
         return None
-    made = (fields["type"], fields["id"], data, sha256(data).digest(), at_ms)
+    made = (kind, fields["id"], data, sha256(data).digest(), at_ms)
     return tuple.__new__(EncodedEvent, made)  # its own constructor takes twice as long
 
 
 # -- what no type of msgspec's can say -----------------------------------------------------------
 
 
-def _moment(text: str) -> datetime:
+def _finish_time(text: str, _: bytes) -> datetime:
     """Raises ValueError where it is no time of RFC 3339, or may be none to the models."""
     # Only YYYY-MM-DDTHH:MM:SSZ has these marks; a pattern takes five times as long.
     if len(text) == 20 and text[7::3] == "-T::Z" and text[11:13] < "24":
@@ -88,10 +88,6 @@ def _moment(text: str) -> datetime:
     if not _RFC_3339.fullmatch(text):
         raise ValueError(text)
     return utc(datetime.fromisoformat(text))
-
-
-def _finish_time(text: str, _: bytes) -> datetime:
-    return _moment(text)
 
 
 def _finish_json(value: object, line: bytes) -> object:
@@ -142,8 +138,9 @@ class _Mirror:
     """Types of msgspec's for what pydantic's core schemas say, where both mean the same."""
 
     def __init__(self, *, controls: bool) -> None:
-        self.more: dict[str, _Finish] = {}
-        """What is still to be done with an event's field, by its name."""
+        self.finishers: dict[str, list[tuple[str, _Finish]]] = {}
+        """By event type: fields, and what is still to be done with each."""
+        self._finish: dict[str, _Finish] = {}
         self._controls = controls
         self._field = ""
 
@@ -157,7 +154,10 @@ class _Mirror:
             kind = fields.pop("type")["schema"]["schema"]["expected"][0]
             # The constructor makes an id up, but a line needs one.
             fields["id"] = {**fields["id"], "schema": fields["id"]["schema"]["schema"]}
-            return self._struct(model["cls"], fields, kind)
+            self._finish = {}
+            struct = self._struct(model["cls"], fields, kind)
+            self.finishers[kind] = list(self._finish.items())
+            return struct
         except (LookupError, TypeError):  # schemas of another pydantic: its models check all lines
             return _Doubtful
 
@@ -209,17 +209,19 @@ class _Mirror:
             return self._type(inner, direct=direct)
         if function is small_metadata and direct:
             kind = self._type(inner)
-            self.more[self._field] = _finish_metadata
+            self._finish[self._field] = _finish_metadata
             return kind
         aware = inner["type"] == "datetime" and inner.get("tz_constraint") == "aware"
         if function is utc and direct and aware and _is_known(inner):
-            self.more[self._field] = _finish_time
+            self._finish[self._field] = _finish_time
             return str
         return _Doubtful
 
     def _container(self, schema: dict[str, Any]) -> Any:
         match schema:
-            case {"type": "literal", "expected": expected}:
+            case {"type": "literal", "expected": expected} if all(
+                isinstance(one, str) for one in expected
+            ):
                 return Literal[tuple(expected)]
             case {"type": "model", "cls": cls, "schema": {"fields": fields}} if _is_plain(schema):
                 return self._struct(cls, fields)
@@ -230,7 +232,7 @@ class _Mirror:
             ):
                 return dict[str, self._type(schema["values_schema"])]  # type: ignore[misc]
             case {"type": "definition-ref", "schema_ref": ref} if ref.startswith(_JSON_VALUE):
-                self.more[self._field] = _finish_json
+                self._finish[self._field] = _finish_json
                 return Any
             case _:
                 return _Doubtful
@@ -255,11 +257,11 @@ def _is_plain(schema: dict[str, Any]) -> bool:
     return config == _PLAIN_CONFIG and not special
 
 
-_Checker = tuple[Callable[[bytes], Any], list[tuple[str, _Finish]]]
+_Checker = tuple[Callable[[bytes], Any], dict[str, list[tuple[str, _Finish]]]]
 
 
 def checker(models: Iterable[type[BaseModel]], *, controls: bool) -> _Checker:
-    """What decodes a line to the struct of one of the models, and what then finishes its fields.
+    """What decodes a line to the struct of a model, and what then finishes its fields, by type.
 
     Args:
         models: of events.
@@ -268,8 +270,7 @@ def checker(models: Iterable[type[BaseModel]], *, controls: bool) -> _Checker:
     mirror = _Mirror(controls=controls)
     events = [mirror.event(model.__pydantic_core_schema__) for model in models]
     known = tuple(event for event in events if event is not _Doubtful) or (_Doubtful,)
-    finishers = [(name, finish) for name, finish in mirror.more.items() if name != "at"]
-    return msgspec.json.Decoder(Union[known]).decode, finishers  # noqa: UP007
+    return msgspec.json.Decoder(Union[known]).decode, mirror.finishers  # noqa: UP007
 
 
 _PLAIN: Final = checker(RECORDABLE, controls=False)

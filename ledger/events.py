@@ -74,6 +74,7 @@ _ENCODING: Final = orjson.OPT_SORT_KEYS | orjson.OPT_UTC_Z
 
 
 def utc(moment: datetime) -> datetime:
+    """Raises ValueError where there is no such year in UTC."""
     try:
         return moment if moment.tzinfo is UTC else moment.astimezone(UTC)
     except OverflowError:
@@ -81,7 +82,7 @@ def utc(moment: datetime) -> datetime:
 
 
 def finite_json(value: Any) -> Any:
-    """JSON has no NaN or infinity, and the encoder would write null for them."""
+    """JSON has no NaN or infinity, and the encoder would write null: raises ValueError for them."""
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError("NaN and infinity are not JSON; leave the field out")
     if isinstance(value, dict):
@@ -94,6 +95,7 @@ def finite_json(value: Any) -> Any:
 
 
 def small_metadata(value: dict[str, Any]) -> dict[str, Any]:
+    """Raises ValueError over 8 KiB of JSON."""
     try:
         size = len(orjson.dumps(value))
     except orjson.JSONEncodeError as error:
@@ -486,7 +488,7 @@ def _encode(event: Event) -> EncodedEvent:
 
 
 def canonical_bytes(fields: Mapping[str, Any]) -> bytes:
-    """Raises orjson.JSONEncodeError, RecursionError."""
+    """An event's fields as they are stored. Raises orjson.JSONEncodeError, RecursionError."""
     # A copy: what orjson returns stays in its buffer of 8 KiB.
     return b"%b" % orjson.dumps(fields, None, _ENCODING)
 
