@@ -68,31 +68,34 @@ __all__ = [
 EVENT_BYTES_LIMIT: Final = 32 * 1024
 METADATA_BYTES_LIMIT: Final = 8 * 1024
 ID_LENGTH_LIMIT: Final = 128
+ID_PATTERN: Final = r"^[^\x00-\x1f\x7f]+$"
 _LIST_LIMIT: Final = 256
 _ENCODING: Final = orjson.OPT_SORT_KEYS | orjson.OPT_UTC_Z
 
 
-def _utc(moment: datetime) -> datetime:
+def utc(moment: datetime) -> datetime:
+    """Raises ValueError where there is no such year in UTC."""
     try:
         return moment if moment.tzinfo is UTC else moment.astimezone(UTC)
     except OverflowError:
         raise ValueError("is outside the years 1 to 9999 in UTC") from None
 
 
-def _finite_json(value: Any) -> Any:
-    """JSON has no NaN or infinity, and the encoder would write null for them."""
+def finite_json(value: Any) -> Any:
+    """JSON has no NaN or infinity, and the encoder would write null: raises ValueError for them."""
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError("NaN and infinity are not JSON; leave the field out")
     if isinstance(value, dict):
         for item in value.values():
-            _finite_json(item)
+            finite_json(item)
     elif isinstance(value, list):
         for item in value:
-            _finite_json(item)
+            finite_json(item)
     return value
 
 
-def _small_metadata(value: dict[str, Any]) -> dict[str, Any]:
+def small_metadata(value: dict[str, Any]) -> dict[str, Any]:
+    """Raises ValueError over 8 KiB of JSON."""
     try:
         size = len(orjson.dumps(value))
     except orjson.JSONEncodeError as error:
@@ -129,12 +132,12 @@ def _expand(fields: dict[str, Any]) -> dict[str, Any]:
     return fields
 
 
-Id = Annotated[str, Field(min_length=1, max_length=ID_LENGTH_LIMIT, pattern=r"^[^\x00-\x1f\x7f]+$")]
+Id = Annotated[str, Field(min_length=1, max_length=ID_LENGTH_LIMIT, pattern=ID_PATTERN)]
 Name = Annotated[str, Field(min_length=1, max_length=512)]
-Moment = Annotated[AwareDatetime, AfterValidator(_utc)]
-FreeJson = Annotated[JsonValue, AfterValidator(_finite_json)]
+Moment = Annotated[AwareDatetime, AfterValidator(utc)]
+FreeJson = Annotated[JsonValue, AfterValidator(finite_json)]
 Metadata = Annotated[
-    dict[str, JsonValue], AfterValidator(_finite_json), AfterValidator(_small_metadata)
+    dict[str, JsonValue], AfterValidator(finite_json), AfterValidator(small_metadata)
 ]
 Share = Annotated[float, Field(ge=0, le=1)]
 Verdict = Literal["allow", "deny", "escalate", "transform", "abstain", "error"]
@@ -239,7 +242,7 @@ class Event(_Part):
             super().__init__(**_expand(fields))
         except ValidationError as error:
             raise _from_validation(error) from None
-        if type(self) in _RECORDABLE:
+        if type(self) in RECORDABLE:
             _encode_now(self)
 
     # Validation from JSON does not come by __init__; this keeps it as fast as it is without one.
@@ -427,16 +430,20 @@ AnyEvent = Annotated[
 ]
 _ANY_EVENT: TypeAdapter[Event] = TypeAdapter(AnyEvent)
 # Not what a caller derives from them: its fields were never checked against a schema of ours.
-_RECORDABLE: Final = frozenset(Event.__subclasses__())
+RECORDABLE: Final = frozenset(Event.__subclasses__())
 
 
-def encode(event: Event) -> EncodedEvent:
+def encode(event: Event | EncodedEvent) -> EncodedEvent:
     """The event's canonical bytes: sorted-key JSON of the fields that were set; made once.
+
+    What is encoded already comes back as it is: `canonical` checked it.
 
     Raises:
         InvalidEvent: it is no event of this module, is over 32 KiB, or holds what JSON cannot (an
             integer of over 64 bits).
     """
+    if isinstance(event, EncodedEvent):
+        return event
     try:
         return event._encoded  # noqa: SLF001 - its slot is for this function
     except AttributeError:  # a copy, which nobody has checked; what is built is encoded at once
@@ -444,7 +451,7 @@ def encode(event: Event) -> EncodedEvent:
 
 
 def _checked(event: Event) -> Event:
-    if type(event) not in _RECORDABLE:
+    if type(event) not in RECORDABLE:
         raise _invalid(None, [("", f"{type(event).__name__} is no event that can be recorded")])
     fields = event.__pydantic_serializer__.to_python(event, exclude_unset=True, warnings=False)
     try:
@@ -471,13 +478,19 @@ def _encode(event: Event) -> EncodedEvent:
     if event.at is None:
         del fields["at"]
     try:
-        data = orjson.dumps(fields, option=_ENCODING)
+        data = canonical_bytes(fields)
     except (orjson.JSONEncodeError, RecursionError) as error:
         raise _invalid(event.id, [("", str(error))]) from None
     if len(data) > EVENT_BYTES_LIMIT:
         raise _too_large(event.id, fields, len(data))
     at_ms = None if event.at is None else int(event.at.timestamp() * 1000)
     return EncodedEvent(event.type, event.id, data, sha256(data).digest(), at_ms)
+
+
+def canonical_bytes(fields: Mapping[str, Any]) -> bytes:
+    """An event's fields as they are stored. Raises orjson.JSONEncodeError, RecursionError."""
+    # A copy: what orjson returns stays in its buffer of 8 KiB.
+    return b"%b" % orjson.dumps(fields, None, _ENCODING)
 
 
 def _too_large(event_id: str, fields: Mapping[str, Any], size: int) -> InvalidEvent:

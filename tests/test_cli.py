@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shlex
 import signal
 import subprocess
@@ -270,6 +271,26 @@ async def test_what_is_too_large_to_keep_is_read_twice(
     writer.join()
     assert landed[tenant].count == 700
     assert ids == [f"d-{n}" for n in range(1, 701)]
+
+
+@pytest.mark.parametrize("kept_bytes", [1000, 10**8])
+async def test_every_tenant_keeps_the_order_of_the_file(
+    valkey, tenant, tmp_path, monkeypatch, kept_bytes
+):
+    """Thirty tenants' lines, mixed and in groups of every size, are recorded each in its order."""
+    monkeypatch.setattr(appending, "KEPT_BYTES", kept_bytes)
+    numbers = random.Random(7)
+    whose = [f"{tenant}-{min(int(numbers.expovariate(0.15)), 29)}" for _ in range(4000)]
+    lines = [{**decision(f"d-{n}"), "tenant": name} for n, name in enumerate(whose)]
+    file = tmp_path / "events.jsonl"
+    file.write_bytes(as_lines(*lines))
+    async with Ledger.connect(valkey.url) as ledger:
+        with closing(Source(str(file))) as source:
+            landed = await append_checked(ledger, source, None)
+        for name in set(whose):
+            ids = [entry.id async for entry in ledger.replay(name)]
+            assert ids == [line["id"] for line in lines if line["tenant"] == name]
+            assert landed[name].count == len(ids)
 
 
 def test_an_open_pipe_is_recorded_as_it_comes(valkey, tenant, spawn):

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
+from typing import Annotated, Literal
 
+import msgspec
 import orjson
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import AfterValidator, ConfigDict, Field, create_model
 
 import ledger
 from ledger import Decision, Event, Feedback, Ledger, ModeChanged, errors, event_from_json, keys
 from ledger.append import BATCH_EVENTS_LIMIT
+from ledger.canonical import checker, encoded_from_json, proven
 from ledger.events import (
     EVENT_BYTES_LIMIT,
     ID_LENGTH_LIMIT,
     METADATA_BYTES_LIMIT,
+    Moment,
     encode,
     event_types,
     parse_stored,
@@ -593,6 +600,208 @@ def test_the_stream_gives_back_the_bytes_that_were_sent(valkey, batch):
         book.append_many(tenant, events)
         found = [(entry.type, entry.id, entry.data) for entry in book.replay(tenant)]
         assert found == [encode(event)[:3] for event in events]
+
+
+def test_an_encoded_event_takes_little_more_memory_than_its_bytes():
+    """What is kept until it is sent holds no encoder's buffer, whichever way it was encoded."""
+    for read in (event_from_json, encoded_from_json):
+        tracemalloc.start()
+        kept = [encode(read(line())) for _ in range(100)]
+        taken_bytes, _ = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert taken_bytes < 100 * (len(kept[0].data) + 1500)
+
+
+# -- from JSON without a model --------------------------------------------------------------------
+
+
+def outcome(read, raw):
+    """The encoded event that a line is, or the text of its refusal."""
+    try:
+        return encode(read(raw))
+    except errors.InvalidEvent as error:
+        return error.message
+
+
+def assert_same_without_a_model(raw):
+    """Both ways come to the same bytes or the same refusal, and nothing is taken unproven."""
+    expected = outcome(event_from_json, raw)
+    assert proven(raw) in (None, expected)
+    assert outcome(encoded_from_json, raw) == expected
+
+
+SHIPPED = Path(ledger.__file__).parent / "data" / "agentdojo-decisions.jsonl"
+
+
+def test_every_shipped_and_stored_event_is_proven_without_a_model():
+    """Each type with each of its fields goes the quick way, to the same bytes."""
+    shipped = [orjson.loads(raw) for raw in SHIPPED.read_bytes().splitlines()]
+    for event in shipped:
+        del event["tenant"]
+    for raw in [*stored_lines(), *map(orjson.dumps, shipped)]:
+        assert proven(raw) == outcome(event_from_json, raw)
+
+
+ORDINARY = {
+    "escapes": rb'"reason":"\u00e9 \" \\ \n \ud83d\ude00"',
+    "a time with microseconds": b'"at":"2026-03-03T12:00:00.123456Z"',
+    "a time with milliseconds and an offset": b'"at":"2026-03-03T14:00:00.250+02:00"',
+    "a whole number for a float": b'"risk_score":1,"features":{"b":1,"a":-0}',
+    "a null": b'"reason":null,"policies":null',
+    "metadata": b'"metadata":{"b":[1e22,-0.0,18446744073709551615],"a":{"z":null,"y":true}}',
+    "a key twice": b'"verdict":"deny","reason":"a","reason":"b"',
+    "characters of every width": '"reason":"aé\u2028😀"'.encode(),
+}
+
+
+@pytest.mark.parametrize("fields", ORDINARY.values(), ids=ORDINARY)
+def test_what_engines_write_is_proven_without_a_model(fields):
+    """What is common in engines' logs goes the quick way, to the same bytes."""
+    raw = line()[:-1] + b"," + fields + b"}"
+    assert proven(raw) == outcome(event_from_json, raw)
+
+
+UNUSUAL = {
+    "a string for a number": b'"risk_score":"0.5"',
+    "a time in seconds": b'"at":1772539200',
+    "a time with a space": b'"at":"2026-03-03 12:00:00Z"',
+    "a time in lower case": b'"at":"2026-03-03t12:00:00z"',
+    "a time of ten digits": b'"at":"2026-03-03T12:00:00.1234567894Z"',
+    "a time without seconds": b'"at":"2026-03-03T12:00Z"',
+    "a week date": b'"at":"2026-W10-2T12:00:00Z"',
+    "midnight as 24": b'"at":"2026-03-03T24:00:00Z"',
+    "an offset of minutes only": b'"at":"2026-03-03T12:00:00+00:99"',
+    "an offset of a day": b'"at":"2026-03-03T12:00:00+24:00"',
+    "year 0": b'"at":"0000-03-03T12:00:00Z"',
+    "before year 1": b'"at":"0001-01-01T00:00:00+14:00"',
+    "an integer of 65 bits": b'"metadata":{"n":18446744073709551616}',
+    "an integer of 65 bits for a float": b'"latency_ms":36893488147419103232',
+    "metadata over its limit": b'"metadata":{"n":"%b"}' % (b"x" * METADATA_BYTES_LIMIT),
+    "an event over its limit": b'"reason":"%b"' % (b"x" * EVENT_BYTES_LIMIT),
+    "an id with a newline at its end": rb'"id":"a\n"',
+    "an id with DEL": b'"id":"a\x7f"',
+    "an id with an escaped control character": rb'"id":"a\u001f"',
+    "an id of 129": b'"id":"%b"' % (b"x" * 129),
+    "an agent with DEL": b'"agent":{"id":"\x7f"}',
+    "a type twice": b'"type":"outcome.reported"',
+    "true for 1": b'"required_approvals":true',
+    "a whole float for an integer": b'"required_approvals":1.0',
+    "a tenant": b'"tenant":"t"',
+}
+
+
+@pytest.mark.parametrize("fields", UNUSUAL.values(), ids=UNUSUAL)
+def test_what_is_unusual_is_as_the_models_say(fields):
+    """Lax, odd and bad values end the same whether a model was asked first or last."""
+    assert_same_without_a_model(line()[:-1] + b"," + fields + b"}")
+
+
+@pytest.mark.parametrize("depth", [1, 90, 101, 190, 199, 200, 210, 254, 260, 5000])
+def test_nesting_is_as_the_models_say(depth):
+    """Metadata as deep as the models' parser goes is taken, deeper is refused, either way."""
+    metadata = b'{"a":' * depth + b"1" + b"}" * depth
+    assert_same_without_a_model(line()[:-1] + b',"metadata":' + metadata + b"}")
+
+
+@pytest.mark.parametrize("raw", BAD_LINES.values(), ids=BAD_LINES)
+def test_bad_lines_are_refused_without_a_model_too(raw):
+    """Nothing that is refused is proven."""
+    assert proven(raw) is None
+    assert_same_without_a_model(raw)
+
+
+NUMBERS = (
+    st.integers().map(str)
+    | FLOATS.map(repr)
+    | st.from_regex(r"-?[0-9]{1,25}(\.[0-9]{1,25})?([eE][+-]?[0-9]{1,3})?", fullmatch=True)
+)
+MOMENTS = st.from_regex(
+    r"(20[0-9]{2}|[0-9]{4})-[01][0-9]-[0-3][0-9][Tt ]([01][0-9]|2[0-4]):[0-6][0-9]:[0-6][0-9]"
+    r"(\.[0-9]{1,10})?(Z|z|[+-][0-2][0-9]:[0-6][0-9])",
+    fullmatch=True,
+).map(lambda text: f'"{text}"')
+JSON_VALUES = (
+    NUMBERS
+    | MOMENTS
+    | (JSON | st.text(max_size=600)).map(lambda value: json.dumps(value, ensure_ascii=False))
+    | st.sampled_from(['"1"', '"true"', '"yes"', '"allow"', "true", "null", "NaN", "[]", "{}"])
+)
+
+
+@given(st.sampled_from(stored_lines()), st.data())
+@settings(max_examples=300)
+def test_any_value_anywhere_is_as_the_models_say(stored, data):
+    """A line with some of its values replaced, at any depth, ends the same either way."""
+    values = list(re.finditer(rb'(?<=:)("[^"]*"|-?[0-9.]+|true|false|null)', stored))
+    raw = stored
+    for at in sorted(
+        data.draw(st.sets(st.sampled_from(values), min_size=1, max_size=3)),
+        key=lambda m: -m.start(),
+    ):
+        raw = raw[: at.start()] + data.draw(JSON_VALUES).encode(errors="replace") + raw[at.end() :]
+    assert_same_without_a_model(raw)
+
+
+@given(DECISIONS, st.booleans())
+def test_generated_decisions_are_the_same_without_a_model(fields, ascii_only):
+    """Whatever a decision holds, its bytes are the same either way."""
+    raw = json.dumps(fields, ensure_ascii=ascii_only).encode()
+    assert_same_without_a_model(raw)
+
+
+@given(st.sampled_from(stored_lines()), st.data())
+def test_a_damaged_line_is_as_the_models_say(stored, data):
+    """A line with a few bytes changed ends the same either way."""
+    raw = bytearray(stored)
+    for _ in range(data.draw(st.integers(1, 3))):
+        raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
+    assert_same_without_a_model(bytes(raw))
+
+
+@given(JSON_TEXT | st.binary(max_size=200))
+def test_hostile_lines_are_as_the_models_say(raw):
+    """Bytes of any kind end the same either way."""
+    assert_same_without_a_model(raw)
+
+
+RULES = {
+    "above": Annotated[int, Field(gt=3)],
+    "multiples": Annotated[int, Field(multiple_of=2)],
+    "strict": Annotated[int, Field(strict=True)],
+    "another pattern": Annotated[str, Field(pattern="^x")],
+    "a validator of its own": Annotated[int, AfterValidator(abs)],
+    "a shortest list": Annotated[tuple[int, ...], Field(min_length=1)],
+    "a pair": tuple[int, int],
+    "any time": datetime,
+    "a time in a list": tuple[Moment, ...],
+    "either": int | str,
+}
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_a_rule_that_is_not_known_is_left_to_the_models(rule):
+    """A field whose rule has no twin is never proven, and the rest of the event still is."""
+    fields = {"type": (Literal["t"], "t"), "id": (str, ""), "other": (str, ""), "new": (rule, None)}
+    config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model = create_model("Newer", __config__=config, **fields)
+    decode, _ = checker([model], controls=False)
+    assert decode(b'{"type":"t","id":"a","other":"b"}')
+    for value in (b"1", b"4", b'"x"', b"[1]", b"[1,2]", b'"2026-03-03T12:00:00Z"'):
+        with pytest.raises(msgspec.ValidationError):
+            decode(b'{"type":"t","id":"a","new":%b}' % value)
+
+
+@pytest.mark.parametrize(
+    "config", [{"str_strip_whitespace": True}, {"extra": "allow"}, {"strict": True}], ids=str
+)
+def test_a_model_of_another_kind_is_left_to_the_models(config):
+    """A model with settings of its own is never proven."""
+    fields = {"type": (Literal["t"], "t"), "id": (str, "")}
+    settings_ = {"frozen": True, "extra": "forbid", "allow_inf_nan": False, **config}
+    model = create_model("Newer", __config__=ConfigDict(**settings_), **fields)
+    decode, _ = checker([model], controls=False)
+    with pytest.raises(msgspec.ValidationError):
+        decode(b'{"type":"t","id":"a"}')
 
 
 def test_event_classes_say_what_they_are():

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import IO, Any, Final, NamedTuple
+from typing import IO, Any, Final
 
 import orjson
 
 from ledger import errors
 from ledger.append import BATCH_EVENTS_LIMIT, Durability, Receipt
-from ledger.events import EncodedEvent, Event, encode
+from ledger.events import EncodedEvent
 from ledger.ledger import Ledger
 from ledger.service.jsonl import KEPT_BYTES, Line, LineSplitter, Source, event_of
 from ledger.service.terminal import progress
@@ -32,24 +33,55 @@ WAITING_EVENTS: Final = 10 * GROUP_EVENTS
 """How many events, of all tenants, wait for their groups to fill before all groups are sent."""
 
 TENANTS_AT_ONCE: Final = 8
-ITEMS_BETWEEN_YIELDS: Final = 32
+LINES_A_TURN: Final = 32
 BAD_LINES_SHOWN: Final = 10
 AHEAD_LIMIT_MS: Final = 300_000
 _LEVELS: Final = list(Durability)
 
 
-class _Item(NamedTuple):
-    number: int
-    raw: bytes
-    size: int
-    tenant: str
-    event: Event
-
-
 @dataclass(slots=True)
 class _Group:
-    items: list[_Item] = field(default_factory=list)
+    """A tenant's events for one call, the numbers of their lines, and the lines that may yet have
+    to be rejected.
+    """
+
+    tenant: str
+    numbers: list[int] = field(default_factory=list)
+    events: list[EncodedEvent] = field(default_factory=list)
+    lines: list[bytes] = field(default_factory=list)
     size_bytes: int = 0
+
+
+class _Gathering:
+    """Puts events into groups, a tenant each, in the order of the file."""
+
+    def __init__(self) -> None:
+        self._filling: dict[str, _Group] = {}
+        self._waiting_count = 0
+
+    def put(
+        self, tenant: str, number: int, event: EncodedEvent, line: bytes | None = None
+    ) -> Sequence[_Group]:
+        """What is ready to go; `line` is kept where it is given."""
+        group = self._filling.get(tenant)
+        if group is None:
+            group = self._filling[tenant] = _Group(tenant)
+        group.numbers.append(number)
+        group.events.append(event)
+        if line is not None:
+            group.lines.append(line)
+        group.size_bytes += len(event.data)
+        self._waiting_count += 1
+        if len(group.events) >= GROUP_EVENTS or group.size_bytes >= GROUP_BYTES:
+            self._waiting_count -= len(group.events)
+            return (self._filling.pop(tenant),)
+        return self.rest() if self._waiting_count >= WAITING_EVENTS else ()
+
+    def rest(self) -> Sequence[_Group]:
+        """Everything that waits."""
+        groups, self._filling = tuple(self._filling.values()), {}
+        self._waiting_count = 0
+        return groups
 
 
 @dataclass
@@ -135,8 +167,9 @@ async def append_checked(
             await recorder.whole(check.one_batch(), expected_seq)
             return recorder.landed
         try:
-            for item in check.items():
-                await recorder.put(item)
+            for groups in check.groups():
+                await recorder.send(*groups)
+                await asyncio.sleep(0)
             await recorder.finish()
         except errors.LedgerError as error:
             await recorder.settle()
@@ -153,9 +186,10 @@ class _Check:
         self._source = source
         self._tenant = tenant
         self._bad = Rejects(source)
-        self._kept: list[_Item] | None = []
+        self._gathering = _Gathering()
+        self._kept: list[_Group] | None = []
         self._kept_bytes = 0
-        self._seen: dict[tuple[str, str], tuple[int, bytes]] = {}
+        self._seen: defaultdict[str, dict[str, tuple[int, bytes]]] = defaultdict(dict)
         self._clock_ahead_ms = 0.0
 
     async def every_line(self, advance: Callable[[int], None]) -> None:
@@ -165,9 +199,15 @@ class _Check:
         splitter = LineSplitter()
         async for chunk in self._source.chunks(twice=True):
             await self._check(splitter.feed(chunk))
+            self._kept_bytes += len(chunk)
+            if self._kept_bytes > KEPT_BYTES:
+                self._kept, self._gathering = None, _Gathering()
+                self._seen.clear()
             advance(len(chunk))
             await asyncio.sleep(0)  # lets Ctrl-C in
         await self._check(splitter.end())
+        if self._kept is not None:
+            self._kept += self._gathering.rest()
         self._seen.clear()
         if self._bad.count:
             raise self._bad.as_error(
@@ -177,24 +217,25 @@ class _Check:
             )
 
     async def _check(self, lines: list[Line]) -> None:
+        in_time_ms = self._now_ms() + AHEAD_LIMIT_MS
         for line in lines:
             try:
                 tenant, event = event_of(line, self._tenant)
-                encoded = encode(event)
-                now_ms = time.time() * 1000 + self._clock_ahead_ms
-                if encoded.at_ms is not None and encoded.at_ms > now_ms + AHEAD_LIMIT_MS:
-                    await self._refuse_future(tenant, encoded.at_ms, now_ms)
-                self.count += 1
+                if event.at_ms is not None and event.at_ms > in_time_ms:
+                    await self._refuse_future(tenant, event.at_ms)
                 if self._kept is not None:
-                    self._keep(_Item(line.number, b"", line.size, tenant, event))
-                    self._refuse_other_content(tenant, encoded, line.number)
+                    self._keep(self._kept, line.number, tenant, event)
             except errors.InvalidInput as error:
                 self._bad.add(line.number, line.raw, error)
+        self.count += len(lines)
 
-    async def _refuse_future(self, tenant: str, at_ms: int, now_ms: float) -> None:
+    def _now_ms(self) -> float:
+        return time.time() * 1000 + self._clock_ahead_ms
+
+    async def _refuse_future(self, tenant: str, at_ms: int) -> None:
         """The append function's own rule, held before anything is written."""
         recorded_ms = int((await self._ledger.head(tenant)).entry_id.partition("-")[0])
-        ahead_ms = at_ms - max(now_ms, recorded_ms)
+        ahead_ms = at_ms - max(self._now_ms(), recorded_ms)
         if ahead_ms > AHEAD_LIMIT_MS:
             raise errors.InvalidEvent(
                 f"at: is {ahead_ms / 1000:.0f} s ahead of the ledger's time; the limit is "
@@ -202,39 +243,39 @@ class _Check:
                 hint="`at` is when the engine decided, in UTC; set that machine's clock",
             )
 
-    def _keep(self, item: _Item) -> None:
-        assert self._kept is not None
-        self._kept.append(item)
-        self._kept_bytes += item.size
-        if self._kept_bytes > KEPT_BYTES:
-            self._kept = None
-            self._seen.clear()
-
-    def _refuse_other_content(self, tenant: str, event: EncodedEvent, number: int) -> None:
-        """Only among what is kept; the ledger finds the rest when it comes to record it."""
-        first, data = self._seen.setdefault((tenant, event.id), (number, event.data))
+    def _keep(self, kept: list[_Group], number: int, tenant: str, event: EncodedEvent) -> None:
+        """Only among what is kept contradictions are found; the ledger finds the rest."""
+        if full := self._gathering.put(tenant, number, event):
+            kept += full
+        first, data = self._seen[tenant].setdefault(event.id, (number, event.data))
         if data != event.data:
             raise errors.InvalidEvent(
                 f"id: {event.id} is on line {first} too, with other content",
                 hint="a new event needs a new id",
             )
 
-    def items(self) -> Iterator[_Item]:
-        """The events in order: the kept ones, or read and parsed anew."""
+    def groups(self) -> Iterator[Sequence[_Group]]:
+        """The events in order, what is kept or what is read and encoded anew, in turns: what is
+        under way wants to go on in between, and Ctrl-C to come in.
+        """
         if self._kept is not None:
-            yield from self._kept
+            yield from ((group,) for group in self._kept)
             return
-        splitter = LineSplitter()
+        gathering, splitter = _Gathering(), LineSplitter()
         for chunk in self._source.again():
-            yield from self._parsed(splitter.feed(chunk))
-        yield from self._parsed(splitter.end())
+            yield from self._encoded(gathering, splitter.feed(chunk))
+        yield from self._encoded(gathering, splitter.end())
+        yield gathering.rest()
 
-    def _parsed(self, lines: list[Line]) -> Iterator[_Item]:
-        for line in lines:
-            tenant, event = event_of(line, self._tenant)
-            yield _Item(line.number, b"", line.size, tenant, event)
+    def _encoded(self, gathering: _Gathering, lines: list[Line]) -> Iterator[Sequence[_Group]]:
+        for start in range(0, len(lines), LINES_A_TURN):
+            full: list[_Group] = []
+            for line in lines[start : start + LINES_A_TURN]:
+                tenant, event = event_of(line, self._tenant)
+                full += gathering.put(tenant, line.number, event)
+            yield full
 
-    def one_batch(self) -> list[_Item]:
+    def one_batch(self) -> _Group:
         """Raises InvalidInput where they do not fit into one atomic batch."""
         if self._kept is None or not 1 <= self.count <= BATCH_EVENTS_LIMIT:
             raise errors.InvalidInput(
@@ -242,7 +283,11 @@ class _Check:
                 f"{self._source.name} has {self.count}",
                 hint="append it in parts, each with the last seq of the one before",
             )
-        return self._kept
+        whole = _Group(self._kept[0].tenant)
+        for group in self._kept:
+            whole.numbers += group.numbers
+            whole.events += group.events
+        return whole
 
 
 # -- the good lines, whatever the others are ------------------------------------------------------
@@ -260,14 +305,15 @@ async def append_good_lines(
     """
     with progress("recording", source.size_bytes) as advance:
         recorder = _Recorder(ledger, source, lambda _: None, rejects)
-        splitter = LineSplitter()
+        gathering, splitter = _Gathering(), LineSplitter()
         try:
             async for chunk in source.chunks(twice=False):
-                await _put_good(recorder, splitter.feed(chunk), tenant, rejects)
+                await _send_good(recorder, gathering, splitter.feed(chunk), tenant, rejects)
                 if source.size_bytes is None:
-                    await recorder.send_all()
+                    await recorder.send(*gathering.rest())
                 advance(len(chunk))
-            await _put_good(recorder, splitter.end(), tenant, rejects)
+            await _send_good(recorder, gathering, splitter.end(), tenant, rejects)
+            await recorder.send(*gathering.rest())
             await recorder.finish()
         except errors.LedgerError as error:
             await recorder.settle()
@@ -275,23 +321,29 @@ async def append_good_lines(
     return recorder.landed
 
 
-async def _put_good(
-    recorder: _Recorder, lines: list[Line], tenant: str | None, rejects: Rejects
+async def _send_good(
+    recorder: _Recorder,
+    gathering: _Gathering,
+    lines: list[Line],
+    tenant: str | None,
+    rejects: Rejects,
 ) -> None:
-    for line in lines:
+    for turn, line in enumerate(lines, 1):
         try:
             whose, event = event_of(line, tenant)
         except errors.InvalidInput as error:
             rejects.add(line.number, line.raw, error)
         else:
-            await recorder.put(_Item(line.number, line.raw, line.size, whose, event))
+            await recorder.send(*gathering.put(whose, line.number, event, line.raw))
+        if turn % LINES_A_TURN == 0:
+            await asyncio.sleep(0)  # what is under way goes on, and Ctrl-C comes in
 
 
 # -- recording ----------------------------------------------------------------------------------
 
 
 class _Recorder:
-    """Gathers events into groups, a tenant each, and appends them."""
+    """Appends groups: a tenant's one after the other, those of several tenants at once."""
 
     def __init__(
         self,
@@ -306,37 +358,22 @@ class _Recorder:
         self._source = source
         self._advance = advance
         self._rejects = rejects
-        self._waiting: dict[str, _Group] = {}
-        self._waiting_count = 0
         self._sending: dict[str, asyncio.Task[None]] = {}
         self._slots = asyncio.Semaphore(TENANTS_AT_ONCE)
-        self._put_count = 0
         self._failure: errors.LedgerError | None = None
 
-    async def put(self, item: _Item) -> None:
-        """Raises what an earlier group came to."""
-        group = self._waiting.get(item.tenant)
-        if group is None:
-            group = self._waiting[item.tenant] = _Group()
-        group.items.append(item)
-        group.size_bytes += item.size
-        self._waiting_count += 1
-        if len(group.items) >= GROUP_EVENTS or group.size_bytes >= GROUP_BYTES:
-            await self._start(item.tenant)
-        elif self._waiting_count >= WAITING_EVENTS:
-            await self.send_all()
-        self._put_count += 1
-        if self._put_count % ITEMS_BETWEEN_YIELDS == 0:
-            await asyncio.sleep(0)  # what is under way goes on, and Ctrl-C comes in
-
-    async def send_all(self) -> None:
-        """Sends every group as it is."""
-        for tenant in list(self._waiting):
-            await self._start(tenant)
+    async def send(self, *groups: _Group) -> None:
+        """Returns when the last is on its way; raises what an earlier group came to."""
+        for group in groups:
+            if group.tenant in self._sending:
+                await self._sending[group.tenant]
+            await self._slots.acquire()
+            if self._failure:
+                raise self._failure
+            self._sending[group.tenant] = asyncio.create_task(self._send(group))
 
     async def finish(self) -> None:
-        """Sends the rest, and returns when all is acknowledged."""
-        await self.send_all()
+        """Returns when all is acknowledged."""
         await self.settle()
         if self._failure:
             raise self._failure
@@ -345,70 +382,61 @@ class _Recorder:
         """Waits for what is under way."""
         await asyncio.gather(*self._sending.values())
 
-    async def whole(self, items: list[_Item], expected_seq: int) -> None:
+    async def whole(self, group: _Group, expected_seq: int) -> None:
         """One atomic batch at the expected head: all of it, or an error and nothing."""
         try:
-            await self._append(items[0].tenant, items, expected_seq)
+            await self._append(group, expected_seq)
         except errors.LedgerError as error:
-            raise _located(error, items, self._source.name) from error
+            raise _located(error, group, self._source.name) from error
 
-    async def _start(self, tenant: str) -> None:
-        if tenant in self._sending:
-            await self._sending[tenant]
-        if self._failure:
-            raise self._failure
-        group = self._waiting.pop(tenant).items
-        self._waiting_count -= len(group)
-        self._sending[tenant] = asyncio.create_task(self._send(tenant, group))
-
-    async def _send(self, tenant: str, group: list[_Item]) -> None:
+    async def _send(self, group: _Group) -> None:
         try:
-            async with self._slots:
-                while group and not await self._landed_or_rejected(tenant, group):
-                    pass
+            while group.events and not await self._landed_or_rejected(group):
+                pass
         except errors.LedgerError as error:
             self._failure = self._failure or _located(error, group, self._source.name)
+        finally:
+            self._slots.release()
 
-    async def _landed_or_rejected(self, tenant: str, group: list[_Item]) -> bool:
+    async def _landed_or_rejected(self, group: _Group) -> bool:
         """Whether the group landed; if not, one event less is in it."""
         try:
-            await self._append(tenant, group)
+            await self._append(group)
         except (errors.ConflictingEvent, errors.ClockSkew) as error:
             at = _culprit(error, group)
             if at is None or self._rejects is None:
                 raise
-            item = group.pop(at)
-            self._rejects.add(item.number, item.raw, error)
+            del group.events[at]
+            self._rejects.add(group.numbers.pop(at), group.lines.pop(at), error)
             return False
         return True
 
-    async def _append(
-        self, tenant: str, group: list[_Item], expected_seq: int | None = None
-    ) -> None:
-        events = [item.event for item in group]
+    async def _append(self, group: _Group, expected_seq: int | None = None) -> None:
+        tenant = group.tenant
+        events: Any = group.events  # `events.encode` takes what is encoded already
         try:
             receipts = await self._ledger.append_many(tenant, events, expected_seq=expected_seq)
         except errors.DurabilityNotReached as error:  # recorded all the same
             self.landed.setdefault(tenant, Landed(tenant)).add(error.facts.pop("receipts"))  # type: ignore[arg-type]
             raise
         self.landed.setdefault(tenant, Landed(tenant)).add(receipts)
-        self._advance(len(group))
+        self._advance(len(group.events))
 
 
-def _culprit(error: errors.LedgerError, group: list[_Item]) -> int | None:
+def _culprit(error: errors.LedgerError, group: _Group) -> int | None:
     """Which event of the group the error is about, where it is about one."""
     if "id" not in error.facts:
         return None
     if "index" in error.facts:
         return int(str(error.facts["index"]))
-    ids = [item.event.id for item in group]
+    ids = [event.id for event in group.events]
     return ids.index(str(error.facts["id"]))
 
 
-def _located(error: errors.LedgerError, group: list[_Item], name: str) -> errors.LedgerError:
+def _located(error: errors.LedgerError, group: _Group, name: str) -> errors.LedgerError:
     at = _culprit(error, group)
-    first, last = (group[0], group[-1]) if at is None else (group[at], group[at])
-    lines = f"{first.number}" if first is last else f"{first.number}-{last.number}"
+    first, last = (group.numbers[0], group.numbers[-1]) if at is None else (group.numbers[at],) * 2
+    lines = f"{first}" if first == last else f"{first}-{last}"
     return type(error)(f"{name}:{lines}: {error.message}", hint=error.hint, **error.facts)
 
 

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import IO, Final, NamedTuple
 
 from ledger import errors, keys
-from ledger.events import EVENT_BYTES_LIMIT, Event, event_from_json
+from ledger.canonical import encoded_from_json, proven
+from ledger.events import EVENT_BYTES_LIMIT, EncodedEvent
 
 __all__ = ["KEPT_BYTES", "LINE_BYTES_LIMIT", "Line", "LineSplitter", "Source", "event_of"]
 
@@ -25,7 +26,7 @@ LINE_BYTES_LIMIT: Final = 8 * EVENT_BYTES_LIMIT
 """White space and escapes (six bytes a character) make a line longer than its event."""
 
 KEPT_BYTES: Final = 8 * 1024 * 1024
-"""Up to this much input is kept in memory as events, which take about ten times as much."""
+"""Up to this much input is kept in memory as encoded events, which take about twice as much."""
 
 _CHUNK_BYTES: Final = 256 * 1024
 _SHOWN_BYTES: Final = 1000
@@ -63,7 +64,14 @@ class LineSplitter:
         """
         pieces = (self._rest + chunk).split(b"\n")
         self._rest = pieces.pop()
-        lines = [line for piece in pieces if (line := self._line(piece, ended=True))]
+        # Only the first can be the beginning of the input, or the end of a line that was cut.
+        lines = [line for piece in pieces[:1] if (line := self._line(piece, ended=True))]
+        lines += [
+            tuple.__new__(Line, (number, piece[:LINE_BYTES_LIMIT], len(piece), True))
+            for number, piece in enumerate(pieces[1:], self._number + 1)
+            if piece and not piece.isspace()
+        ]
+        self._number += len(pieces[1:])
         if len(self._rest) > LINE_BYTES_LIMIT:
             self._dropped_bytes += len(self._rest) - _SHOWN_BYTES
             self._rest = self._rest[:_SHOWN_BYTES]
@@ -190,7 +198,7 @@ def _unreadable(name: str, error: OSError) -> errors.InvalidInput:
 # -- one line ----------------------------------------------------------------------------------
 
 
-def event_of(line: Line, tenant: str | None) -> tuple[str, Event]:
+def event_of(line: Line, tenant: str | None) -> tuple[str, EncodedEvent]:
     """Whose event a line is, and the event.
 
     Args:
@@ -200,17 +208,21 @@ def event_of(line: Line, tenant: str | None) -> tuple[str, Event]:
     Raises:
         InvalidInput: the line cannot be recorded.
     """
-    if line.size > LINE_BYTES_LIMIT:
+    _, raw, size, ended = line
+    # What is an event as it stands has no `tenant`.
+    if tenant is not None and size <= LINE_BYTES_LIMIT and (event := proven(raw)):
+        return tenant, event
+    if size > LINE_BYTES_LIMIT:
         raise errors.InvalidEvent(
-            f"the line is {line.size} bytes; an event is at most {EVENT_BYTES_LIMIT}",
+            f"the line is {size} bytes; an event is at most {EVENT_BYTES_LIMIT}",
             hint="store large texts elsewhere and record a reference or a hash",
         )
-    named, raw = _split_tenant(line.raw)
+    named, raw = _split_tenant(raw)
     whose = _whose(named, tenant)
     try:
-        return whose, event_from_json(raw)
+        return whose, encoded_from_json(raw)
     except errors.InvalidEvent as error:
-        if line.ended or _is_json(raw):
+        if ended or _is_json(raw):
             raise
         raise errors.InvalidEvent(
             error.message, hint="the input ends inside this line: was it cut off?", **error.facts
@@ -243,7 +255,7 @@ def _split_tenant(raw: bytes) -> tuple[object, bytes]:
     try:
         fields = json.loads(raw.decode())
     except (ValueError, RecursionError):
-        return _ABSENT, raw  # event_from_json says what is wrong
+        return _ABSENT, raw  # encoded_from_json says what is wrong
     if not isinstance(fields, dict) or "tenant" not in fields:
         return _ABSENT, raw
     return fields.pop("tenant"), json.dumps(fields).encode()
