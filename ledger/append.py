@@ -112,10 +112,9 @@ def _packed_group(events: Sequence[EncodedEvent], expected_seq: int | None) -> b
     """The group as functions.lua reads it: its header, its types, then the events."""
     expected = -1 if expected_seq is None else expected_seq
     if len(events) == 1:
-        ((kind, event_id, data, digest, at_ms),) = events
-        header, id_raw = b"%d %d 1" % (expected, max(at_ms or 0, 0)), event_id.encode()
-        sizes = (len(header), header, len(kind), kind.encode(), len(id_raw), id_raw, len(data))
-        return _PACKED_ALONE % (*sizes, data, digest)
+        (event,) = events
+        header, kind = b"%d %d 1" % (expected, max(event.at_ms or 0, 0)), event.type.encode()
+        return _PACKED_ALONE % (len(header), header, len(kind), kind, event.packed)
     types = {event.type: b"" for event in events}
     codes = b""
     if len(types) > 1:
@@ -123,15 +122,11 @@ def _packed_group(events: Sequence[EncodedEvent], expected_seq: int | None) -> b
         codes = b"".join([places[event.type] for event in events])
     latest = max([event.at_ms or 0 for event in events])
     header = b"%d %d %d" % (expected, max(latest, 0), len(events))
-    parts = [_packed_strings(header, " ".join(types).encode(), codes)]
-    for _, event_id, data, digest, _ in events:
-        id_raw = event_id.encode()
-        parts.append(_PACKED_EVENT % (len(id_raw), id_raw, len(data), data, digest))
-    return b"".join(parts)
+    head = _packed_strings(header, " ".join(types).encode(), codes)
+    return b"".join([head, *[event.packed for event in events]])
 
 
-_PACKED_EVENT: Final = b"$%d\r\n%b\r\n$%d\r\n%b\r\n$32\r\n%b\r\n"
-_PACKED_ALONE: Final = b"$%d\r\n%b\r\n$%d\r\n%b\r\n$0\r\n\r\n" + _PACKED_EVENT
+_PACKED_ALONE: Final = b"$%d\r\n%b\r\n$%d\r\n%b\r\n$0\r\n\r\n%b"
 
 
 def _packed_strings(*values: bytes) -> bytes:

@@ -207,13 +207,35 @@ Names = Annotated[tuple[Name, ...], Field(max_length=_LIST_LIMIT)]
 
 
 class EncodedEvent(NamedTuple):
-    """An event as it is sent: `data` is what is stored, for ever, byte for byte."""
+    """An event as it is sent.
+
+    `packed` is what a call of the append function carries of it: its id, its data and the data's
+    SHA-256 as three RESP strings. Made once, so that a batch is a mere join.
+    """
 
     type: str
     id: str
-    data: bytes
+    packed: bytes
+    size_bytes: int
     sha256: bytes
     at_ms: int | None
+
+    @property
+    def data(self) -> bytes:
+        """What is stored, for ever, byte for byte."""
+        return self.packed[-_BEHIND_DATA - self.size_bytes : -_BEHIND_DATA]
+
+
+_PACKED: Final = b"$%d\r\n%b\r\n$%d\r\n%b\r\n$32\r\n%b\r\n"
+_BEHIND_DATA: Final = len(b"\r\n$32\r\n") + 32 + len(b"\r\n")
+
+
+def encoded(kind: str, event_id: str, data: bytes, at_ms: int | None) -> EncodedEvent:
+    """An event whose canonical bytes are `data`."""
+    raw_id, digest, size = event_id.encode(), sha256(data).digest(), len(data)
+    packed = _PACKED % (len(raw_id), raw_id, size, data, digest)
+    # The constructor of a named tuple takes twice as long.
+    return tuple.__new__(EncodedEvent, (kind, event_id, packed, size, digest, at_ms))
 
 
 class Event(_Part):
@@ -484,7 +506,7 @@ def _encode(event: Event) -> EncodedEvent:
     if len(data) > EVENT_BYTES_LIMIT:
         raise _too_large(event.id, fields, len(data))
     at_ms = None if event.at is None else int(event.at.timestamp() * 1000)
-    return EncodedEvent(event.type, event.id, data, sha256(data).digest(), at_ms)
+    return encoded(event.type, event.id, data, at_ms)
 
 
 def canonical_bytes(fields: Mapping[str, Any]) -> bytes:

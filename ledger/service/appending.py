@@ -25,7 +25,7 @@ from ledger.service.terminal import progress
 
 __all__ = ["Landed", "Rejects", "append_checked", "append_good_lines"]
 
-GROUP_EVENTS: Final = 200
+GROUP_EVENTS: Final = 128
 GROUP_BYTES: Final = 1024 * 1024
 """How much goes into one call; more would hold the server's readers up."""
 
@@ -70,7 +70,7 @@ class _Gathering:
         group.events.append(event)
         if line is not None:
             group.lines.append(line)
-        group.size_bytes += len(event.data)
+        group.size_bytes += event.size_bytes
         self._waiting_count += 1
         if len(group.events) >= GROUP_EVENTS or group.size_bytes >= GROUP_BYTES:
             self._waiting_count -= len(group.events)
@@ -247,8 +247,8 @@ class _Check:
         """Only among what is kept contradictions are found; the ledger finds the rest."""
         if full := self._gathering.put(tenant, number, event):
             kept += full
-        first, data = self._seen[tenant].setdefault(event.id, (number, event.data))
-        if data != event.data:
+        first, digest = self._seen[tenant].setdefault(event.id, (number, event.sha256))
+        if digest != event.sha256:
             raise errors.InvalidEvent(
                 f"id: {event.id} is on line {first} too, with other content",
                 hint="a new event needs a new id",
