@@ -511,8 +511,8 @@ def _encode(event: Event) -> EncodedEvent:
 
 def canonical_bytes(fields: Mapping[str, Any]) -> bytes:
     """An event's fields as they are stored. Raises orjson.JSONEncodeError, RecursionError."""
-    # A copy: what orjson returns stays in its buffer of 8 KiB.
-    return b"%b" % orjson.dumps(fields, None, _ENCODING)
+    # To be copied by who keeps it: it stays in orjson's buffer of 8 KiB.
+    return orjson.dumps(fields, None, _ENCODING)
 
 
 def _too_large(event_id: str, fields: Mapping[str, Any], size: int) -> InvalidEvent:
