@@ -32,7 +32,6 @@ __all__ = [
     "HISTORY_LIMIT",
     "IMPACT_LEVELS",
     "LATENCY_BOUNDS_MS",
-    "MALFORMED",
     "NAMES_LIMIT",
     "NAME_BYTES_LIMIT",
     "NEVER_MS",
@@ -56,16 +55,12 @@ __all__ = [
     "clipped",
     "count_name",
     "fits",
-    "malformed",
     "moment_of",
     "new_state",
     "note_late",
     "note_overflow",
-    "one_of",
-    "optional_text",
     "remember",
     "shown_name",
-    "text",
 ]
 
 State = dict[str, Any]
@@ -175,48 +170,6 @@ def new_state() -> State:
     }
 
 
-# -- reading a body -------------------------------------------------------------------------------
-# Readers raise KeyError for what is missing or unknown and TypeError for another JSON type; both
-# become Unfoldable in one place, before anything is changed.
-
-
-MALFORMED: Final = (KeyError, TypeError, AttributeError, ValueError)
-"""What reading a body may raise; ValueError is of the JSON itself."""
-
-
-def text(event: dict[str, Any], field: str) -> str:
-    """A required string."""
-    value = event[field]
-    if type(value) is not str:
-        raise TypeError(field)
-    return value
-
-
-def optional_text(event: dict[str, Any], field: str) -> str | None:
-    """A string, or None where the field is absent or null."""
-    value = event.get(field)
-    if value is not None and type(value) is not str:
-        raise TypeError(field)
-    return value
-
-
-def one_of(event: dict[str, Any], field: str, allowed: tuple[str, ...]) -> str:
-    """A required word of a closed vocabulary: an unknown one must not be counted as another."""
-    value: str = event[field]
-    if value not in allowed:
-        raise KeyError(value)
-    return value
-
-
-def malformed(kind: object, error: Exception) -> Unfoldable:
-    """What is raised for an error that reading a body met."""
-    if isinstance(error, KeyError):
-        return Unfoldable(f"{kind}: missing or unknown: {error.args[0]!a:.80}")
-    if isinstance(error, ValueError):
-        return Unfoldable("the entry's data is not JSON")
-    return Unfoldable(f"{kind}: a field is of the wrong JSON type or out of range")
-
-
 # -- bounded names --------------------------------------------------------------------------------
 
 
@@ -283,14 +236,13 @@ def remember(history: list[Any], row: list[Any]) -> None:
 # -- event time -----------------------------------------------------------------------------------
 
 
-def moment_of(entry: Entry, event: dict[str, Any]) -> Moment:
+def moment_of(entry: Entry, at: str | None) -> Moment:
     """The event's own time; where it has none, the ledger's.
 
     Raises:
         Unfoldable: `at` is no time.
     """
-    given = event.get("at")
-    return moment_of_ms(entry.recorded_ms) if given is None else moment(given)
+    return moment_of_ms(entry.recorded_ms) if at is None else moment(at)
 
 
 def advance(state: State, entry: Entry, at: Moment) -> None:
