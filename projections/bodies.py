@@ -3,8 +3,9 @@
 A body is decoded once and kept with its entry, so several folds and the follow-ups of a decision
 share it. Of an 800-byte decision this takes a third of the time that a dict of everything takes.
 
-- The entry's own fields say what it is; where `type` or `id` in its data say otherwise, or are not
-  there, nobody knows what was meant, and it cannot be folded.
+- The entry's own `type` says what it is. Where the one in its data says otherwise, or is not there,
+  nobody knows what was meant. Its `id` is the one that it was recorded under, by which an append is
+  idempotent and a follow-up finds its decision; the copy in its data is not read.
 - A field that is read has its JSON type and its range, null only where the event's model has it,
   and a word is of its vocabulary. An integer will do for a float, a float not for an integer.
 - What is not read is not judged, so a newer writer's fields break nothing; but all of it must be
@@ -68,7 +69,6 @@ class Body(Struct, gc=False, frozen=True, kw_only=True):
     """What every event has that is read: its own time, or None for the ledger's."""
 
     at: str | None = None
-    id: str
 
 
 class AgentRef(Struct, gc=False, frozen=True):
@@ -106,7 +106,6 @@ class Decision(Struct, gc=False, frozen=True, kw_only=True):
     at: str | None = None
     constitutional_hash: str | None = None
     expires_at: str | None = None
-    id: str
     impact_level: Literal["negligible", "low", "medium", "high", "critical"] | None = None
     latency_ms: Annotated[float, Meta(ge=0)] | None = None
     policies: list[PolicyName] | None = None
@@ -251,7 +250,6 @@ class WaiverRevoked(Body, gc=False, frozen=True, kw_only=True):
 class Unknown(Struct, gc=False, frozen=True):
     """An event of a type that only a newer release knows."""
 
-    id: str
     type: str
 
 
@@ -300,15 +298,14 @@ def read(entry: Entry) -> Any:
         return body
     fields = entry.raw_fields
     data, decode = fields[5], _DECODE.get(fields[1])
+    unsure = decode is None or not fields[3].isascii()
     try:
-        if decode is None or (len(data) > _SHALLOW_BYTES and _may_be_deep(data)):
+        if unsure or (len(data) > _SHALLOW_BYTES and _may_be_deep(data)):
             body = _read_slowly(entry)
         else:
             body = decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError):
         body = _read_slowly(entry)
-    if body.id.encode() != fields[3]:
-        raise Unfoldable("the id in the entry's data is not the entry's own")
     entry.memo = body
     return body
 

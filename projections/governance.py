@@ -18,15 +18,16 @@ Entities: `state`, and `decision:<decision_id>` for each decision that had a fol
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from projections.bodies import FOLLOW_UPS, Decision, FollowUp, Unknown, read, subject_id
-from projections.governance_decision import fold_decision
+from projections.governance_decision import decision_counter, keep_recent
 from projections.governance_follow_ups import fold_follow_up
 from projections.governance_lifecycle import fold_lifecycle
 from projections.governance_state import State, count_name, new_state
 from projections.governance_view import view
-from projections.projection import DECISION_PREFIX, STATE, Entities
+from projections.projection import DECISION_PREFIX, STATE, Entities, Unfoldable
 
 if TYPE_CHECKING:
     from ledger.stream import Entry
@@ -53,18 +54,21 @@ class Governance:
         Raises:
             Unfoldable: it is not what the module's docstring says.
         """
-        body = entry.memo or read(entry)
         state = entities[STATE] if STATE in entities else new_state()
-        if body.__class__ is Decision:
-            fold_decision(state, entry, body)
-        elif isinstance(body, FollowUp):
-            fold_follow_up(state, entities, entry, body, subject)
-        elif isinstance(body, Unknown):
-            count_name(state, "unknown_types", body.type)
-        else:
-            fold_lifecycle(state, entry, body)
-        state["events"] += 1
+        refused = _fold(state, entities, [entry], [subject])
+        if refused:
+            raise Unfoldable(refused[entry.seq])
         entities[STATE] = state
+
+    def apply_all(
+        self, entities: Entities, entries: Sequence[Entry], subjects: Sequence[Entry | None]
+    ) -> dict[int, str]:
+        """The same for many entries, and counts those that were refused; by seq, why."""
+        state = entities.setdefault(STATE, {}) or new_state()
+        entities[STATE] = state
+        refused = _fold(state, entities, entries, subjects)
+        state["quarantined"] += len(refused)
+        return refused
 
     def quarantined(self, entities: Entities, entry: Entry) -> None:  # noqa: ARG002 - the protocol
         """Counts an entry that was refused."""
@@ -75,3 +79,29 @@ class Governance:
     def view(self, state: State) -> dict[str, Any]:
         """What is published: less than 256 KiB of JSON; `governance_view` says what is in it."""
         return view(state)
+
+
+def _fold(
+    state: State,
+    entities: Entities,
+    entries: Sequence[Entry],
+    subjects: Sequence[Entry | None],
+) -> dict[int, str]:
+    refused: dict[int, str] = {}
+    count_decision = decision_counter(state)
+    for entry, subject in zip(entries, subjects, strict=True):
+        try:
+            body = entry.memo or read(entry)
+            if type(body) is Decision:
+                count_decision(entry, body)
+            elif isinstance(body, FollowUp):
+                fold_follow_up(state, entities, entry, body, subject)
+            elif isinstance(body, Unknown):
+                count_name(state, "unknown_types", body.type)
+            else:
+                fold_lifecycle(state, entry, body)
+            state["events"] += 1
+        except Unfoldable as error:
+            refused[entry.seq] = error.reason
+    keep_recent(state, entries, refused)
+    return refused

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from operator import itemgetter
-from typing import TYPE_CHECKING, Final
+from collections.abc import Callable, Container, Sequence
+from typing import TYPE_CHECKING, Any, Final
 
 from projections.bodies import Decision, PolicyName
 from projections.governance_state import (
@@ -23,6 +23,8 @@ from projections.governance_state import (
 )
 from projections.windows import (
     BUCKET,
+    MINUTES,
+    SECOND_MS,
     SURELY_LIVE_MS,
     Moment,
     claim,
@@ -34,16 +36,12 @@ from projections.windows import (
 if TYPE_CHECKING:
     from ledger.stream import Entry
 
-__all__ = ["decided_at", "fold_decision"]
+__all__ = ["decided_at", "decision_counter", "keep_recent"]
 
 _LATENCY_BOUNDS_MS: Final = tuple(map(float, LATENCY_BOUNDS_MS))  # which compare fastest
 _ESCALATE: Final = VERDICT_COLUMN["escalate"]
 _EFFECT: Final = {"match": 0, "warning": 1, "violation": 2}
 _EFFECT_COLUMNS: Final = ((), (WARNINGS,), (VIOLATIONS,), (WARNINGS, VIOLATIONS))
-_PARTS: Final = itemgetter(
-    *("newest_ms", "minutes", "hours", "impact_levels", "action_types", "policies"),
-    *("policy_windows", "latency", "recent", "constitution"),
-)
 
 
 def decided_at(entry: Entry, body: Decision) -> Moment:
@@ -57,80 +55,115 @@ def decided_at(entry: Entry, body: Decision) -> Moment:
     return moment_of_ms(entry.recorded_ms) if body.at is None else moment(body.at)
 
 
-# The next function is most of what a projector does, and a call costs as much as counting in two
-# cells: so it is long, and looks up itself what is known.
+# What the next function returns is most of what a projector does, and a call costs as much as
+# counting in two cells: so it is long, and looks up itself what is known.
 
 
-def fold_decision(state: State, entry: Entry, body: Decision) -> None:  # noqa: C901, PLR0912
-    """Counts a decision in every cell that it belongs to.
+def decision_counter(state: State) -> Callable[[Entry, Decision], None]:  # noqa: C901
+    """What counts decisions in every cell of the state that they belong to.
 
-    Raises:
-        Unfoldable: a time in it is none, or its `at` lies ahead of the ledger's time.
+    It raises Unfoldable where a time is none, or `at` lies ahead of the ledger's time.
     """
-    if body.at is None or body.expires_at is not None:
-        at = decided_at(entry, body)
-    else:
-        at = moment(body.at)
-    ms, minute, minute_place, hour, hour_place = at
-    newest_ms, minutes, hours, levels, actions, known, windows, latency, recent, constitution = (
-        _PARTS(state)
-    )
-    if ms > newest_ms:
-        if ms > state["clock_ms"] + FUTURE_LIMIT_MS:
-            advance(state, entry, at)
-        state["newest_ms"] = newest_ms = ms
-    verdict, action, policies = VERDICT_COLUMN[body.verdict], body.action.type, body.policies
-    level = levels[body.impact_level or "unset"]
-    by_action = actions.get(action)
-    if by_action is None:
-        by_action = cell_of(state, "action_types", action)
-    policy = by_policy = None
-    if policies:
-        policy = policies[0].id + "@" + policies[0].version
-        by_policy = known.get(policy) if len(policies) == 1 else None
-    if by_policy is not None and newest_ms - ms < SURELY_LIVE_MS:
-        in_minute = minutes[minute_place]
-        if in_minute is None or in_minute[BUCKET] != minute:
-            in_minute = claim(minutes, minute_place, minute)
-        in_hour = hours[hour_place]
-        if in_hour is None or in_hour[BUCKET] != hour:
-            in_hour = claim(hours, hour_place, hour)
-        ring = windows.get(policy)
-        if ring is None:
-            cells = (level, by_action, in_minute, in_hour, by_policy)
+    minutes, hours, levels = state["minutes"], state["hours"], state["impact_levels"]
+    actions, known, windows = state["action_types"], state["policies"], state["policy_windows"]
+    latency = state["latency"]
+
+    def count(entry: Entry, body: Decision) -> None:  # noqa: C901, PLR0912
+        text = body.at
+        if text is None or body.expires_at is not None:
+            ms, minute, minute_place, hour, hour_place = decided_at(entry, body)
         else:
-            of_policy = ring[hour_place]
-            if of_policy is None or of_policy[BUCKET] != hour:
-                of_policy = claim(ring, hour_place, hour)
-            cells = (level, by_action, in_minute, in_hour, by_policy, of_policy)
-    else:
-        cells = (level, by_action, *slots(minutes, hours, at, newest_ms))
+            try:
+                ms, minute, minute_place, hour, hour_place = MINUTES[text[:17]]
+                ms += SECOND_MS[text[17:]]
+            except KeyError:
+                ms, minute, minute_place, hour, hour_place = moment(text)
+        newest_ms = state["newest_ms"]
+        if ms > newest_ms:
+            if ms > state["clock_ms"] + FUTURE_LIMIT_MS:
+                advance(state, entry, ms)
+            state["newest_ms"] = newest_ms = ms
+        verdict, action, policies = VERDICT_COLUMN[body.verdict], body.action.type, body.policies
+        level = levels[body.impact_level or "unset"]
+        by_action = actions.get(action)
+        if by_action is None:
+            by_action = cell_of(state, "action_types", action)
+        policy = by_policy = None
         if policies:
-            cells += _policy_cells(state, policies, at)
-    for cell in cells:
-        cell[verdict] += 1
-    if body.rules:
-        effects = 0
-        for rule in body.rules:
-            effects |= _EFFECT[rule.effect]
-        for column in _EFFECT_COLUMNS[effects]:
+            first = policies[0]
+            policy = first.id + "@" + first.version
+            if len(policies) == 1:
+                by_policy = known.get(policy)
+        if by_policy is not None and newest_ms - ms < SURELY_LIVE_MS:
+            in_minute = minutes[minute_place]
+            if in_minute is None or in_minute[BUCKET] != minute:
+                in_minute = claim(minutes, minute_place, minute)
+            in_hour = hours[hour_place]
+            if in_hour is None or in_hour[BUCKET] != hour:
+                in_hour = claim(hours, hour_place, hour)
+            level[verdict] += 1
+            by_action[verdict] += 1
+            in_minute[verdict] += 1
+            in_hour[verdict] += 1
+            by_policy[verdict] += 1
+            cells = [level, by_action, in_minute, in_hour, by_policy]
+            ring = windows.get(policy)
+            if ring is not None:
+                of_policy = ring[hour_place]
+                if of_policy is None or of_policy[BUCKET] != hour:
+                    of_policy = claim(ring, hour_place, hour)
+                of_policy[verdict] += 1
+                cells.append(of_policy)
+        else:
+            at = ms, minute, minute_place, hour, hour_place
+            cells = [level, by_action, *slots(minutes, hours, at, newest_ms)]
+            if policies:
+                cells += _policy_cells(state, policies, at)
             for cell in cells:
-                cell[column] += 1
-    if ms < newest_ms:
-        note_late(state, at)
-    if body.latency_ms is not None:
-        latency[bisect_left(_LATENCY_BOUNDS_MS, body.latency_ms)] += 1
-    named = body.constitutional_hash
-    if named != constitution and named is not None and constitution is not None:
-        state["constitution_mismatches"] += 1
-    recent.append((entry.seq, body.id, ms, verdict, body.agent.id, action, policy))
-    if len(recent) >= 2 * RECENT_LIMIT:
-        del recent[:RECENT_LIMIT]
-    if verdict == _ESCALATE:
-        _open_escalation(state, entry, body, ms)
+                cell[verdict] += 1
+        if body.rules:
+            effects = 0
+            for rule in body.rules:
+                if rule.effect != "match":
+                    effects |= _EFFECT[rule.effect]
+            for column in _EFFECT_COLUMNS[effects]:
+                for cell in cells:
+                    cell[column] += 1
+        if ms < newest_ms:
+            note_late(state, ms, minute)
+        if body.latency_ms is not None:
+            latency[bisect_left(_LATENCY_BOUNDS_MS, body.latency_ms)] += 1
+        named, constitution = body.constitutional_hash, state["constitution"]
+        if named != constitution and named is not None and constitution is not None:
+            state["constitution_mismatches"] += 1
+        if verdict == _ESCALATE:
+            _open_escalation(state, entry, body, ms)
+
+    return count
 
 
-def _policy_cells(state: State, policies: list[PolicyName], at: Moment) -> tuple[list[int], ...]:
+def keep_recent(state: State, entries: Sequence[Entry], refused: Container[int]) -> None:
+    """Puts the latest of the decisions that were counted into the ring of the last hundred."""
+    rows: list[list[Any]] = []
+    for entry in reversed(entries):
+        if type(entry.memo) is Decision and entry.seq not in refused:
+            rows.append(_row(entry, entry.memo))
+            if len(rows) == RECENT_LIMIT:
+                break
+    recent = state["recent"]
+    recent += reversed(rows)
+    del recent[:-RECENT_LIMIT]
+
+
+def _row(entry: Entry, body: Decision) -> list[Any]:
+    policy = None
+    if body.policies:
+        policy = body.policies[0].id + "@" + body.policies[0].version
+    ms, verdict = decided_at(entry, body)[0], VERDICT_COLUMN[body.verdict]
+    return [entry.seq, entry.id, ms, verdict, body.agent.id, body.action.type, policy]
+
+
+def _policy_cells(state: State, policies: list[PolicyName], at: Moment) -> list[list[int]]:
     """For what is rare: several policies, a new one, a late decision."""
     cells: list[list[int]] = []
     for policy in dict.fromkeys(policy.id + "@" + policy.version for policy in policies):
@@ -140,7 +173,7 @@ def _policy_cells(state: State, policies: list[PolicyName], at: Moment) -> tuple
         cells.append(cell)
         if policy in state["policy_windows"]:
             cells += slots(None, state["policy_windows"][policy], at, state["newest_ms"])
-    return tuple(cells)
+    return cells
 
 
 def _open_escalation(state: State, entry: Entry, body: Decision, ms: int) -> None:
@@ -150,7 +183,7 @@ def _open_escalation(state: State, entry: Entry, body: Decision, ms: int) -> Non
             state["pending_unlisted_from_seq"] = entry.seq
         state["pending_unlisted"] += 1
         return
-    state["pending"][body.id] = {
+    state["pending"][entry.id] = {
         "seq": entry.seq,
         "at_ms": ms,
         "expires_at": body.expires_at,

@@ -98,17 +98,17 @@ def fold_follow_up(
         Unfoldable: its `at` is no time or lies ahead of the ledger's, or it is a correction that
             does not say what would be correct.
     """
-    kind: type[FollowUp] = body.__class__
+    kind = type(body)
     if kind is Feedback:
         _check_feedback(body)
     at = moment_of_ms(entry.recorded_ms) if body.at is None else moment(body.at)
     if at[0] > state["newest_ms"]:
-        advance(state, entry, at)
+        advance(state, entry, at[0])
     decision = None
     if subject is not None:
         decision = subject.memo
         # Where every entry before this one was folded, so was its subject.
-        if decision.__class__ is not Decision or state["events"] != entry.seq - 1:
+        if type(decision) is not Decision or state["events"] != entry.seq - 1:
             decision = _folded(state, entry, subject)
     if decision is None:
         state["orphans"][body.type] += 1
@@ -128,7 +128,7 @@ def _folded(state: State, entry: Entry, subject: Entry) -> Decision | None:
     """The subject's body; None where it is no decision, or in quarantine itself."""
     try:
         decision = read(subject)
-        if decision.__class__ is not Decision:
+        if type(decision) is not Decision:
             return None
         if state["events"] == entry.seq - 1:
             return decision
@@ -180,7 +180,7 @@ def _count_vote(
         votes[key] = body.approve
     else:
         note_overflow(state, "reviewers_of_a_decision")
-    listed = state["pending"].get(decision.id)
+    listed = state["pending"].get(body.decision_id)
     if listed is not None:
         listed["approvals"] = sum(votes.values())
         listed["rejections"] = len(votes) - listed["approvals"]
@@ -199,14 +199,14 @@ def _count_resolution(
         return
     resolution = followed["resolution"] = body.resolution
     state["resolutions"][resolution] += 1
-    if state["pending"].pop(decision.id, None) is None:
+    if state["pending"].pop(body.decision_id, None) is None:
         state["pending_unlisted"] -= 1
         if not state["pending_unlisted"]:
             state["pending_unlisted_from_seq"] = None
     if "overrides" not in followed:
         _set_effective(state, decision, followed, "allow" if resolution == "approved" else "deny")
     if resolution in ("approved", "rejected"):
-        _keep_precedent(state, entry, decision, followed)
+        _keep_precedent(state, entry.seq, decision, followed, body.decision_id)
 
 
 def _set_effective(state: State, decision: Decision, followed: Followed, verdict: str) -> None:
@@ -217,7 +217,9 @@ def _set_effective(state: State, decision: Decision, followed: Followed, verdict
     change[VERDICT_COLUMN[verdict]] += 1
 
 
-def _keep_precedent(state: State, entry: Entry, decision: Decision, followed: Followed) -> None:
+def _keep_precedent(
+    state: State, seq: int, decision: Decision, followed: Followed, decision_id: str
+) -> None:
     """By the action's type, resource and `args_hash`; without the last there is none."""
     action = decision.action
     if action.args_hash is None:
@@ -227,8 +229,8 @@ def _keep_precedent(state: State, entry: Entry, decision: Decision, followed: Fo
     precedents[key] = {
         "effective_verdict": followed["effective_verdict"],
         "times": times + 1,
-        "decision_id": decision.id,
-        "seq": entry.seq,
+        "decision_id": decision_id,
+        "seq": seq,
     }
     if len(precedents) >= 2 * PRECEDENTS_LIMIT:
         by_age = sorted(precedents, key=lambda key: int(precedents[key]["seq"]))
@@ -270,7 +272,7 @@ def _count_override(
         by_policy[name] = by_policy.get(name, 0) + 1
     if followed["overrides"] == 1:
         _count_overridden(state, at, decision, names)
-    _keep_precedent(state, entry, decision, followed)
+    _keep_precedent(state, entry.seq, decision, followed, body.decision_id)
 
 
 def _count_overridden(
@@ -288,7 +290,7 @@ def _count_overridden(
             cells += slots(None, rings[name], at, newest_ms)
     for cell in cells:
         cell[OVERRIDDEN] += 1
-    note_late(state, at)
+    note_late(state, at[0], at[1])
 
 
 # -- outcomes and feedback ------------------------------------------------------------------------

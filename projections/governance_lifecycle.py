@@ -27,11 +27,10 @@ from projections.governance_state import (
     advance,
     clipped,
     fits,
-    moment_of,
     note_overflow,
     remember,
 )
-from projections.windows import HOUR_SLOTS, Moment, moment, new_ring
+from projections.windows import HOUR_SLOTS, Moment, moment, moment_of_ms, new_ring
 
 if TYPE_CHECKING:
     from ledger.stream import Entry
@@ -47,9 +46,9 @@ def fold_lifecycle(state: State, entry: Entry, body: Body) -> None:
     """
     if isinstance(body, WaiverGranted) and body.expires_at is not None:
         moment(body.expires_at)
-    at = moment_of(entry, body.at)
-    advance(state, entry, at)
-    _NOTE[body.__class__](state, entry, at, body)
+    at = moment_of_ms(entry.recorded_ms) if body.at is None else moment(body.at)
+    advance(state, entry, at[0])
+    _NOTE[type(body)](state, entry, at, body)
 
 
 # -- policies and constitution --------------------------------------------------------------------
@@ -130,7 +129,7 @@ def _change_threshold(state: State, entry: Entry, at: Moment, body: ThresholdCha
         "value": body.new,
         "version": version + 1,
         "seq": entry.seq,
-        "event_id": clipped(body.id),
+        "event_id": clipped(entry.id),
         "at_ms": at[0],
         "recorded_ms": entry.recorded_ms,
     }

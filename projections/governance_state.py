@@ -15,9 +15,6 @@ from projections.windows import (
     MINUTE_SLOTS,
     SURELY_LIVE_MS,
     WINDOWS,
-    Moment,
-    moment,
-    moment_of_ms,
     new_ring,
 )
 
@@ -55,7 +52,6 @@ __all__ = [
     "clipped",
     "count_name",
     "fits",
-    "moment_of",
     "new_state",
     "note_late",
     "note_overflow",
@@ -236,23 +232,13 @@ def remember(history: list[Any], row: list[Any]) -> None:
 # -- event time -----------------------------------------------------------------------------------
 
 
-def moment_of(entry: Entry, at: str | None) -> Moment:
-    """The event's own time; where it has none, the ledger's.
+def advance(state: State, entry: Entry, ms: int) -> None:
+    """Moves the newest time seen up to `ms`. Changes nothing if it raises.
 
     Raises:
-        Unfoldable: `at` is no time.
-    """
-    return moment_of_ms(entry.recorded_ms) if at is None else moment(at)
-
-
-def advance(state: State, entry: Entry, at: Moment) -> None:
-    """Moves the newest time seen up to the moment. Changes nothing if it raises.
-
-    Raises:
-        Unfoldable: the moment is more than five minutes ahead of the ledger's own time: one event
+        Unfoldable: it is more than five minutes ahead of the ledger's own time: one event
             in the far future must not empty every window.
     """
-    ms = at[0]
     if ms <= state["newest_ms"]:
         return
     # `clock_ms` is a ledger time that an earlier entry has reached; recorded times never go back,
@@ -265,15 +251,15 @@ def advance(state: State, entry: Entry, at: Moment) -> None:
     state["newest_ms"] = ms
 
 
-def note_late(state: State, at: Moment) -> None:
+def note_late(state: State, ms: int, minute: int) -> None:
     """Counts what came after its minute had passed, and the windows that it came too late for."""
     newest_ms = state["newest_ms"]
-    if newest_ms // MINUTE_MS == at[1]:
+    if newest_ms // MINUTE_MS == minute:
         return
     late = state["late"]
     late["total"] += 1
-    if newest_ms - at[0] < SURELY_LIVE_MS:
+    if newest_ms - ms < SURELY_LIVE_MS:
         return
     for window, (_, bucket_ms, span) in WINDOWS.items():
-        if newest_ms // bucket_ms - at[0] // bucket_ms >= span:
+        if newest_ms // bucket_ms - ms // bucket_ms >= span:
             late[window] += 1

@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import aclosing
+from functools import partial
 from typing import Any, Final
 
 from ledger import errors, keys
@@ -20,7 +21,7 @@ from ledger.server import Server, pack
 from ledger.stream import Entry, Head, Walk, head_command, parse_head
 from projections.bodies import DECISION, FOLLOW_UPS, unreadable
 from projections.governance import Governance
-from projections.projection import DECISION_PREFIX, STATE, Projection, Unfoldable
+from projections.projection import DECISION_PREFIX, STATE, Entities, Projection, Unfoldable
 from projections.store import Committed, FoldStore
 from projections.subjects import Subjects, latest
 
@@ -31,7 +32,7 @@ PUBLISH_INTERVAL_S: Final = 0.05
 
 SWEEP_INTERVAL_S: Final = 5.0
 FOLDS_AT_ONCE: Final = 8
-ENTITIES_KEPT: Final = 8192
+ENTITIES_KEPT: Final = 2048
 HEADS_A_CALL: Final = 1000
 ATTEMPTS: Final = 5
 _log = logging.getLogger("ledger")
@@ -47,6 +48,7 @@ class TenantFold:
     ) -> None:
         self.tenant = tenant
         self.projection = projection
+        self._apply_all = getattr(projection, "apply_all", None) or partial(apply_each, projection)
         self.store = store
         self.committed: Committed | None = None
         self.published_at = 0.0
@@ -111,55 +113,55 @@ class TenantFold:
             self.forget()
             raise
 
-    async def _apply(  # noqa: C901 - a call for each entry and step would cost a tenth
+    async def _apply(
         self, entries: Sequence[Entry]
     ) -> tuple[dict[str, dict[str, Any]], dict[int, str]]:
-        """The entities that changed, and why which entries could not be folded.
+        """The entities that changed, and why which entries could not be folded."""
+        subjects, names = await self._gather(entries)
+        entities = self._entities
+        refused = self._apply_all(entities, entries, subjects)
+        for seq, reason in refused.items():
+            self._name_quarantined(seq, reason)
+        changed = {name: entities[name] for name in names if name in entities}
+        self._trim(entries)
+        return changed, refused
 
-        One pass, which waits only where something is not at hand: then what all the rest of the
-        entries need is read at once.
+    async def _gather(self, entries: Sequence[Entry]) -> tuple[list[Entry | None], dict[str, None]]:
+        """What each entry follows, and what they name; all that there is of it is at hand then.
+
+        It waits only where something is not: then what all the rest need is read at once.
         """
-        entities, subjects = self._entities, self._subjects
-        names_of, apply = self.projection.names, self.projection.apply
+        entities, of, untouched = self._entities, self._subjects.of, self._subjects.untouched
+        names_of = self.projection.names
         names: dict[str, None] = {STATE: None}
-        absent: set[str] = set()  # in Redis
-        orphaned: set[str] = set()
-        refused: dict[int, str] = {}
-        untouched = subjects.untouched
+        absent: set[str] = set()
+        subjects: list[Entry | None] = []
         for entry in entries:
             subject, first = None, False
             kind = entry.raw_fields[1]
             if kind == DECISION:
                 untouched[entry.raw_fields[3]] = entry
             elif kind in FOLLOW_UPS:
-                found = subjects.of(entry)
+                found = of(entry)
                 if found is None:
                     absent |= await self._look_ahead(entries, entry)
-                    found = subjects.of(entry)
+                    found = of(entry)
                     assert found is not None
                 subject, first = found
+            subjects.append(subject)
             try:
                 named = names_of(entry)
             except Exception as error:  # noqa: BLE001 - a defect is raised again
                 named = _unnamed(entry, error)
             for name in named:
+                if name in names:
+                    continue
                 names[name] = None
                 if name in entities or name in absent:
                     continue
                 if not name.startswith(DECISION_PREFIX) or not (first or subject is None):
                     absent |= await self._look_ahead(entries, entry)
-                elif subject is None:
-                    orphaned.add(name)
-            try:
-                apply(entities, entry, subject)
-            except Exception as error:  # noqa: BLE001 - a defect is raised again
-                reason = self._refused(entry, subject, error)
-                if reason is not None:
-                    refused[entry.seq] = reason
-        self._check_orphans(orphaned)
-        changed = {name: entities[name] for name in names if name in entities}
-        self._trim(entries)
-        return changed, refused
+        return subjects, names
 
     async def _look_ahead(self, page: Sequence[Entry], at: Entry) -> set[str]:
         """Reads what the rest of a page needs and what is not at hand; what exists nowhere."""
@@ -176,40 +178,9 @@ class TenantFold:
         self._entities |= await self.store.load(missing)
         return missing - self._entities.keys()
 
-    def _check_orphans(self, names: set[str]) -> None:
-        """Nobody would look for such an entity if the decision is recorded after all."""
-        for name in names & self._entities.keys():
-            raise RuntimeError(f"{self.projection.name} made {name} of a decision not recorded")
-
-    def _refused(self, entry: Entry, subject: Entry | None, error: Exception) -> str | None:
-        """Why an entry is not folded; None where it is, as its decision cannot be read.
-
-        Raises:
-            Exception: `error`, if it is a defect in the projection.
-        """
-        if not isinstance(error, Unfoldable):
-            reason = unreadable(entry)
-            if reason is None and subject is not None and unreadable(subject) is not None:
-                return self._refold(entry)
-            if reason is None:
-                raise error
-        else:
-            reason = error.reason
-        self.projection.quarantined(self._entities, entry)
-        self._name_quarantined(entry, reason)
-        return reason
-
-    def _refold(self, entry: Entry) -> str | None:
-        """Folds an entry without the subject that could not be read."""
-        try:
-            self.projection.apply(self._entities, entry, None)
-        except Exception as error:  # noqa: BLE001 - a defect is raised again
-            return self._refused(entry, None, error)
-        return None
-
-    def _name_quarantined(self, entry: Entry, reason: str) -> None:
+    def _name_quarantined(self, seq: int, reason: str) -> None:
         fold = f"{self.projection.name}@{self.projection.version}"
-        _log.warning("tenant %s: %s cannot fold seq %d: %s", self.tenant, fold, entry.seq, reason)
+        _log.warning("tenant %s: %s cannot fold seq %d: %s", self.tenant, fold, seq, reason)
 
     def _trim(self, page: Sequence[Entry]) -> None:
         """Bounds memory; what is dropped is in Redis."""
@@ -229,6 +200,50 @@ class TenantFold:
         if self.published_seq < 0:
             await self.store.activate()
         self.published_at, self.published_seq = time.monotonic(), self.seq
+
+
+def apply_each(
+    projection: Projection,
+    entities: Entities,
+    entries: Sequence[Entry],
+    subjects: Sequence[Entry | None],
+) -> dict[int, str]:
+    """Folds entries one after the other, and counts those that cannot be folded; by seq, why.
+
+    Raises:
+        Exception: what a defect in the projection raises.
+    """
+    refused: dict[int, str] = {}
+    for entry, subject in zip(entries, subjects, strict=True):
+        try:
+            projection.apply(entities, entry, subject)
+        except Exception as error:  # noqa: BLE001 - a defect is raised again
+            reason = _reason(projection, entities, entry, subject, error)
+            if reason is not None:
+                refused[entry.seq] = reason
+                projection.quarantined(entities, entry)
+    return refused
+
+
+def _reason(
+    projection: Projection,
+    entities: Entities,
+    entry: Entry,
+    subject: Entry | None,
+    error: Exception,
+) -> str | None:
+    """Why an entry cannot be folded; None where it was, without a decision that is unreadable."""
+    if isinstance(error, Unfoldable):
+        return error.reason
+    reason = unreadable(entry)
+    if reason is None and subject is not None and unreadable(subject) is not None:
+        try:
+            projection.apply(entities, entry, None)
+        except Unfoldable as refusal:
+            reason = refusal.reason
+    elif reason is None:
+        raise error
+    return reason
 
 
 def _unnamed(entry: Entry, error: Exception) -> Sequence[str]:

@@ -759,7 +759,7 @@ OPTIONAL = {
     *("at", "reviewer_kind", "constitutional_hash", "impact_level", "policies", "rules", "hash"),
     *("latency_ms", "required_approvals", "expires_at", "effect", "learning_paused", "old"),
 }
-NOT_READ = {"type", "rules.0.id"}
+NOT_READ = {"type", "id", "rules.0.id"}
 
 
 def places(value, path=()):
