@@ -13,8 +13,10 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from itertools import repeat
 from typing import Any, Final, NamedTuple, Self
 
+import msgspec
 import orjson
 
 from ledger import errors, keys
@@ -48,25 +50,26 @@ class Position(NamedTuple):
         return cls(epoch, int(seq), entry_id)
 
 
-class Entry:
+class Entry(msgspec.Struct, gc=False, eq=False):
     """One recorded entry, decoded no further than it is asked to be.
 
     `seq` is its ordinal from 1; `entry_id` `<recorded ms>-<seq>`; `data` the event's JSON, byte for
     byte as it was stored; `event` that JSON as a dict; `typed()` the same as a model.
+
+    `raw_id` and `raw_fields` are what the stream has, every field and value in stored order; `memo`
+    is room for what a reader has made of it.
     """
 
-    __slots__ = ("_event", "_fields", "_id", "_raw_fields", "foreign", "seq", "tenant")
+    # A struct of msgspec is made four times as fast as an object with an __init__ in Python. Nothing
+    # that it refers to refers back, so the garbage collector need not know of it.
 
-    def __init__(
-        self, tenant: str, seq: int, raw_id: bytes, fields: list[bytes], *, foreign: bool = False
-    ) -> None:
-        self.tenant = tenant
-        self.seq = seq
-        self._id = raw_id
-        self._raw_fields = fields
-        self._fields = _FOREIGN_FIELDS if foreign else fields
-        self.foreign = foreign
-        self._event: dict[str, Any] | None = None
+    tenant: str
+    seq: int
+    raw_id: bytes
+    raw_fields: list[bytes]
+    foreign: bool = False
+    memo: Any = None
+    _event: dict[str, Any] | None = None
 
     @classmethod
     def of(cls, tenant: str, entry_id: str, event: dict[str, Any]) -> Self:
@@ -77,14 +80,18 @@ class Entry:
         return cls(tenant, int(entry_id.partition("-")[2]), entry_id.encode(), fields)
 
     @property
+    def _fields(self) -> list[bytes]:
+        return _FOREIGN_FIELDS if self.foreign else self.raw_fields
+
+    @property
     def entry_id(self) -> str:
         """`<recorded ms>-<seq>`."""
-        return self._id.decode()
+        return self.raw_id.decode()
 
     @property
     def recorded_ms(self) -> int:
         """The ledger's time, in ms since 1970."""
-        return int(self._id[: self._id.index(b"-")])
+        return int(self.raw_id[: self.raw_id.index(b"-")])
 
     @property
     def recorded_at(self) -> datetime:
@@ -105,11 +112,6 @@ class Entry:
     def data(self) -> bytes:
         """The event's JSON, byte for byte as it was stored."""
         return self._fields[5]
-
-    @property
-    def raw_fields(self) -> list[bytes]:
-        """Every field and value in stored order, as they are."""
-        return self._raw_fields
 
     @property
     def event(self) -> dict[str, Any]:
@@ -548,20 +550,15 @@ class Walk:
         self._accept(page.head)
         if page.head.incidents > len(self.incidents):
             await self._read_incidents(page.head)
-        raw = page.entries
-        seqs = [int(raw_id[raw_id.index(b"-") + 1 :]) for raw_id, _ in raw]
+        ids, fields = zip(*page.entries, strict=True)
+        seqs: list[int] = orjson.loads(b"[%b]" % b",".join(ids).replace(b"-", b","))[1::2]
         first = self.seq + 1 if self._exact else seqs[0]
         dense = seqs == list(range(first, first + len(seqs))) and seqs[-1] <= page.head.seq
-        whole = all(len(fields) == _ENTRY_FIELDS for _, fields in raw)
-        if not (dense and whole) or self._meets_incident(raw[0][0]):
+        whole = set(map(len, fields)) == {_ENTRY_FIELDS}
+        if not (dense and whole) or self._meets_incident(ids[0]):
             return self._numbered_one_by_one(page)
-        tenant = self.tenant
-        entries = [
-            Entry(tenant, seq, raw_id, fields)
-            for seq, (raw_id, fields) in zip(seqs, raw, strict=True)
-        ]
-        self.seq, self._cursor, self._exact = seqs[-1], raw[-1][0].decode(), True
-        return entries
+        self.seq, self._cursor, self._exact = seqs[-1], ids[-1].decode(), True
+        return list(map(Entry, repeat(self.tenant), seqs, ids, fields))
 
     def _numbered_one_by_one(self, page: _Page) -> list[Entry]:
         entries: list[Entry] = []

@@ -1,7 +1,7 @@
 """What is derived from the ledger: folds, the projector that keeps them, the reader."""
 
 from projections.governance import Governance
-from projections.projection import Entities, Projection, Subject, Unfoldable
+from projections.projection import Entities, Projection, Unfoldable
 from projections.projector import Projector
 from projections.reader import StateReader
 from projections.store import PublishedState
@@ -13,6 +13,5 @@ __all__ = [
     "Projector",
     "PublishedState",
     "StateReader",
-    "Subject",
     "Unfoldable",
 ]

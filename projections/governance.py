@@ -10,27 +10,29 @@ Entities: `state`, and `decision:<decision_id>` for each decision that had a fol
 - A dimension keeps the first 256 names whose JSON is at most 128 bytes. What comes to any other
   name counts as `other`, as does a name that is spelt so; `overflow` says how often, and where.
 - Time is the events' own `at`. No clock: whether something is overdue or expired is for readers.
-- An event is read whole before anything is changed, and counting it cannot fail.
+- What an event has to be to be folded, bodies.py says. Beyond that a time has to be one, an `at` no
+  more than five minutes ahead of the ledger's own time, and a correction has to say what is
+  correct. What is not so is refused before anything is changed; counting cannot fail.
+- An event of a type that is not known here is counted by its type, and not read further.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-from projections.governance_decision import DECISION, fold_decision
-from projections.governance_follow_ups import DECISION_PREFIX, FOLLOW_UPS, fold_follow_up
-from projections.governance_lifecycle import LIFECYCLE, fold_lifecycle
-from projections.governance_state import MALFORMED, State, count_name, malformed, new_state
+from projections.bodies import FOLLOW_UPS, Decision, FollowUp, Unknown, read, subject_id
+from projections.governance_decision import decision_counter, keep_recent
+from projections.governance_follow_ups import fold_follow_up
+from projections.governance_lifecycle import fold_lifecycle
+from projections.governance_state import State, count_name, new_state
 from projections.governance_view import view
-from projections.projection import Entities, Subject
+from projections.projection import DECISION_PREFIX, STATE, Entities, Unfoldable
 
 if TYPE_CHECKING:
     from ledger.stream import Entry
 
 __all__ = ["Governance"]
-
-_STATE: Final = "state"
-_STATE_ONLY: Final = (_STATE,)
 
 
 class Governance:
@@ -39,52 +41,67 @@ class Governance:
     name = "governance"
     version = 1
 
-    def subject_id(self, entry: Entry) -> str | None:
-        """The id of the decision that a follow-up names."""
-        names = self.names(entry)
-        return names[1].removeprefix(DECISION_PREFIX) if len(names) == 2 else None
-
     def names(self, entry: Entry) -> tuple[str, ...]:
-        """`state`, and for a follow-up its decision's entity."""
-        try:
-            event = entry.event
-            if event["type"] in FOLLOW_UPS:
-                return _STATE, DECISION_PREFIX + event["decision_id"]
-        except MALFORMED:
-            pass  # `apply` says what is wrong with it
-        return _STATE_ONLY
+        """A follow-up's decision."""
+        if entry.raw_fields[1] not in FOLLOW_UPS:
+            return ()
+        decision_id = subject_id(entry)
+        return () if decision_id is None else (DECISION_PREFIX + decision_id,)
 
-    def apply(self, entities: Entities, entry: Entry, subject: Subject | None) -> None:
+    def apply(self, entities: Entities, entry: Entry, subject: Entry | None) -> None:
         """Folds the entry.
 
         Raises:
-            Unfoldable: the event is malformed, or its `at` lies ahead of the ledger's time.
+            Unfoldable: it is not what the module's docstring says.
         """
-        state = entities.get(_STATE) or new_state()
-        try:
-            event = entry.event
-            kind = event["type"]
-            if type(kind) is not str:
-                raise TypeError
-        except MALFORMED as error:
-            raise malformed("type", error) from None
-        if kind == DECISION:
-            fold_decision(state, entry, event)
-        elif kind in FOLLOW_UPS:
-            fold_follow_up(state, entities, entry, event, subject)
-        elif kind in LIFECYCLE:
-            fold_lifecycle(state, entry, event)
-        else:
-            count_name(state, "unknown_types", kind)
-        state["events"] += 1
-        entities[_STATE] = state
+        state = entities[STATE] if STATE in entities else new_state()
+        refused = _fold(state, entities, [entry], [subject])
+        if refused:
+            raise Unfoldable(refused[entry.seq])
+        entities[STATE] = state
+
+    def apply_all(
+        self, entities: Entities, entries: Sequence[Entry], subjects: Sequence[Entry | None]
+    ) -> dict[int, str]:
+        """The same for many entries, and counts those that were refused; by seq, why."""
+        state = entities.setdefault(STATE, {}) or new_state()
+        entities[STATE] = state
+        refused = _fold(state, entities, entries, subjects)
+        state["quarantined"] += len(refused)
+        return refused
 
     def quarantined(self, entities: Entities, entry: Entry) -> None:  # noqa: ARG002 - the protocol
         """Counts an entry that was refused."""
-        if _STATE not in entities:
-            entities[_STATE] = new_state()
-        entities[_STATE]["quarantined"] += 1
+        if STATE not in entities:
+            entities[STATE] = new_state()
+        entities[STATE]["quarantined"] += 1
 
     def view(self, state: State) -> dict[str, Any]:
         """What is published: less than 256 KiB of JSON; `governance_view` says what is in it."""
         return view(state)
+
+
+def _fold(
+    state: State,
+    entities: Entities,
+    entries: Sequence[Entry],
+    subjects: Sequence[Entry | None],
+) -> dict[int, str]:
+    refused: dict[int, str] = {}
+    count_decision = decision_counter(state)
+    for entry, subject in zip(entries, subjects, strict=True):
+        try:
+            body = entry.memo or read(entry)
+            if type(body) is Decision:
+                count_decision(entry, body)
+            elif isinstance(body, FollowUp):
+                fold_follow_up(state, entities, entry, body, subject)
+            elif isinstance(body, Unknown):
+                count_name(state, "unknown_types", body.type)
+            else:
+                fold_lifecycle(state, entry, body)
+            state["events"] += 1
+        except Unfoldable as error:
+            refused[entry.seq] = error.reason
+    keep_recent(state, entries, refused)
+    return refused

@@ -26,17 +26,25 @@ from typing import TYPE_CHECKING, Any, Final
 
 import orjson
 
-from projections.governance_decision import DECISION, read_decision
+from projections.bodies import (
+    Action,
+    Decision,
+    EscalationResolved,
+    EscalationVoted,
+    Feedback,
+    FollowUp,
+    Outcome,
+    Overridden,
+    read,
+)
+from projections.governance_decision import decided_at
 from projections.governance_state import (
     FEEDBACK,
     FUTURE_LIMIT_MS,
-    MALFORMED,
     NAMES_LIMIT,
     OTHER,
-    OUTCOMES,
     OVERRIDDEN,
     PRECEDENTS_LIMIT,
-    RESOLUTIONS,
     VERDICT_COLUMN,
     VERDICTS,
     WITH_FEEDBACK,
@@ -45,31 +53,24 @@ from projections.governance_state import (
     cell_of,
     clipped,
     count_name,
-    malformed,
-    moment_of,
     note_late,
     note_overflow,
-    one_of,
     shown_name,
-    text,
 )
-from projections.projection import Entities, Subject, Unfoldable
-from projections.windows import KNOWN_MOMENTS, moment, slots
+from projections.projection import DECISION_PREFIX, Entities, Unfoldable
+from projections.windows import Moment, moment, moment_of_ms, slots
 
 if TYPE_CHECKING:
     from ledger.stream import Entry
 
-__all__ = ["DECISION_PREFIX", "FOLLOW_UPS", "fold_follow_up"]
+__all__ = ["fold_follow_up"]
 
-DECISION_PREFIX: Final = "decision:"
-
-Body = tuple[Any, ...]
-"""What a reader took from an event, in the order in which its counter unpacks it."""
+Followed = dict[str, Any]
+"""A decision's entity."""
 
 _PRECEDENT_KEY_LIMIT: Final = 512
 """Characters; what is longer is made of clipped parts."""
 _INTERVENTIONS: Final = ("deny", "escalate")
-_REVIEWER_KINDS: Final = ("human", "service", "advisory")
 _TP, _FP, _TN, _FN, _NEUTRAL = range(5)
 
 _Columns = tuple[int, int]
@@ -89,61 +90,60 @@ _FEEDBACK_COLUMNS: Final[dict[str, dict[str | None, _Columns]]] = {
 
 
 def fold_follow_up(
-    state: State,
-    entities: Entities,
-    entry: Entry,
-    event: dict[str, Any],
-    subject: Subject | None,
+    state: State, entities: Entities, entry: Entry, body: FollowUp, subject: Entry | None
 ) -> None:
     """Counts what followed a decision; as an orphan where no such decision counts.
 
     Raises:
-        Unfoldable: it is malformed, or its `at` lies ahead of the ledger's time.
+        Unfoldable: its `at` is no time or lies ahead of the ledger's, or it is a correction that
+            does not say what would be correct.
     """
-    kind = event["type"]
-    read, count = FOLLOW_UPS[kind]
-    try:
-        name = DECISION_PREFIX + event["decision_id"]
-        body = read(event)
-        at = KNOWN_MOMENTS.get(event.get("at", "")) or moment_of(entry, event)
-    except MALFORMED as error:
-        raise malformed(kind, error) from None
+    kind = type(body)
+    if kind is Feedback:
+        _check_feedback(body)
+    at = moment_of_ms(entry.recorded_ms) if body.at is None else moment(body.at)
     if at[0] > state["newest_ms"]:
-        advance(state, entry, at)
-    decision = entities.get(name)
-    if subject is None or subject.seq >= entry.seq:
-        decision = None
-    elif decision is None and _was_folded(state, entry, subject):
-        decision = {}
-    if decision is None or subject is None:
-        state["orphans"][kind] += 1
+        advance(state, entry, at[0])
+    decision = None
+    if subject is not None:
+        decision = subject.memo
+        # Where every entry before this one was folded, so was its subject.
+        if type(decision) is not Decision or state["events"] != entry.seq - 1:
+            decision = _folded(state, entry, subject)
+    if decision is None:
+        state["orphans"][body.type] += 1
         return
-    count(state, entry, subject, decision, body)
-    if decision:
-        entities[name] = decision
+    name = DECISION_PREFIX + body.decision_id
+    followed = entities.get(name)
+    if followed is not None:
+        _COUNT[kind](state, entry, at, decision, followed, body)
+        return
+    followed = {}
+    _COUNT[kind](state, entry, at, decision, followed, body)
+    if followed:
+        entities[name] = followed
 
 
-def _was_folded(state: State, entry: Entry, subject: Subject) -> bool:
-    """Whether the subject is a decision, and not in quarantine itself."""
-    event = subject.event
-    if event.get("type") != DECISION:
-        return False
-    if state["events"] == entry.seq - 1:
-        return True  # every entry before this one was folded, so this one too
+def _folded(state: State, entry: Entry, subject: Entry) -> Decision | None:
+    """The subject's body; None where it is no decision, or in quarantine itself."""
     try:
-        read_decision(event)
-        at = event.get("at")
-        return at is None or moment(at)[0] <= subject.recorded_ms + FUTURE_LIMIT_MS
-    except (*MALFORMED, Unfoldable):
-        return False
+        decision = read(subject)
+        if type(decision) is not Decision:
+            return None
+        if state["events"] == entry.seq - 1:
+            return decision
+        latest_ms = subject.recorded_ms + FUTURE_LIMIT_MS
+        return decision if decided_at(subject, decision)[0] <= latest_ms else None
+    except Unfoldable:
+        return None
 
 
-def _policy_names(state: State, subject: Subject) -> list[str]:
+def _policy_names(state: State, decision: Decision) -> list[str]:
     """The names under which the decision's policies count, each once."""
     names: list[str] = []
     known = state["policies"]
-    for policy in subject.event.get("policies") or ():
-        key = policy["id"] + "@" + policy["version"]
+    for policy in decision.policies or ():
+        key = policy.id + "@" + policy.version
         name = key if key in known else OTHER
         if name not in names:
             names.append(name)
@@ -153,93 +153,84 @@ def _policy_names(state: State, subject: Subject) -> list[str]:
 # -- votes and resolutions ------------------------------------------------------------------------
 
 
-def _read_vote(event: dict[str, Any]) -> Body:
-    kind = "human"
-    if "reviewer_kind" in event:
-        kind = one_of(event, "reviewer_kind", _REVIEWER_KINDS)
-    approve = event["approve"]
-    if type(approve) is not bool:
-        raise TypeError
-    return text(event, "reviewer"), kind, approve
-
-
-def _is_pending(decision: dict[str, Any], subject: Subject) -> bool:
-    return subject.event["verdict"] == "escalate" and "resolution" not in decision
+def _is_pending(followed: Followed, decision: Decision) -> bool:
+    return decision.verdict == "escalate" and "resolution" not in followed
 
 
 def _count_vote(
-    state: State, _entry: Entry, subject: Subject, decision: dict[str, Any], body: Body
+    state: State,
+    _entry: Entry,
+    _at: Moment,
+    decision: Decision,
+    followed: Followed,
+    body: EscalationVoted,
 ) -> None:
-    reviewer, kind, approve = body
-    if not _is_pending(decision, subject):
+    if not _is_pending(followed, decision):
         state["conflicts"]["vote_not_pending"] += 1
         return
-    if kind == "advisory":
+    if body.reviewer_kind == "advisory":
         state["votes"]["advisory"] += 1
         return
-    if reviewer == subject.event["agent"]["id"]:
+    if body.reviewer == decision.agent.id:
         state["votes"]["own_action"] += 1
         return
-    state["votes"]["approve" if approve else "reject"] += 1
-    votes, key = decision.setdefault("votes", {}), clipped(reviewer)
+    state["votes"]["approve" if body.approve else "reject"] += 1
+    votes, key = followed.setdefault("votes", {}), clipped(body.reviewer)
     if len(votes) < NAMES_LIMIT or key in votes:
-        votes[key] = approve
+        votes[key] = body.approve
     else:
         note_overflow(state, "reviewers_of_a_decision")
-    listed = state["pending"].get(subject.event["id"])
+    listed = state["pending"].get(body.decision_id)
     if listed is not None:
         listed["approvals"] = sum(votes.values())
         listed["rejections"] = len(votes) - listed["approvals"]
 
 
-def _read_resolution(event: dict[str, Any]) -> Body:
-    return (one_of(event, "resolution", RESOLUTIONS),)
-
-
 def _count_resolution(
-    state: State, entry: Entry, subject: Subject, decision: dict[str, Any], body: Body
+    state: State,
+    entry: Entry,
+    _at: Moment,
+    decision: Decision,
+    followed: Followed,
+    body: EscalationResolved,
 ) -> None:
-    (resolution,) = body
-    if not _is_pending(decision, subject):
+    if not _is_pending(followed, decision):
         state["conflicts"]["resolution_not_pending"] += 1
         return
-    decision["resolution"] = resolution
+    resolution = followed["resolution"] = body.resolution
     state["resolutions"][resolution] += 1
-    if state["pending"].pop(subject.event["id"], None) is None:
+    if state["pending"].pop(body.decision_id, None) is None:
         state["pending_unlisted"] -= 1
         if not state["pending_unlisted"]:
             state["pending_unlisted_from_seq"] = None
-    if "overrides" not in decision:
-        _set_effective(state, subject, decision, "allow" if resolution == "approved" else "deny")
+    if "overrides" not in followed:
+        _set_effective(state, decision, followed, "allow" if resolution == "approved" else "deny")
     if resolution in ("approved", "rejected"):
-        _keep_precedent(state, entry, subject, decision)
+        _keep_precedent(state, entry.seq, decision, followed, body.decision_id)
 
 
-def _set_effective(state: State, subject: Subject, decision: dict[str, Any], verdict: str) -> None:
-    before = decision.get("effective_verdict", subject.event["verdict"])
-    decision["effective_verdict"] = verdict
+def _set_effective(state: State, decision: Decision, followed: Followed, verdict: str) -> None:
+    before = followed.get("effective_verdict", decision.verdict)
+    followed["effective_verdict"] = verdict
     change = state["effective_change"]
     change[VERDICT_COLUMN[before]] -= 1
     change[VERDICT_COLUMN[verdict]] += 1
 
 
-def _keep_precedent(state: State, entry: Entry, subject: Subject, decision: dict[str, Any]) -> None:
+def _keep_precedent(
+    state: State, seq: int, decision: Decision, followed: Followed, decision_id: str
+) -> None:
     """By the action's type, resource and `args_hash`; without the last there is none."""
-    action = subject.event["action"]
-    args_hash, resource = action.get("args_hash"), action.get("resource") or ""
-    if type(args_hash) is not str or type(resource) is not str:
+    action = decision.action
+    if action.args_hash is None:
         return
-    known = [action["type"], resource, args_hash]
-    key = orjson.dumps(known).decode()
-    if len(key) > _PRECEDENT_KEY_LIMIT:
-        key = orjson.dumps([clipped(part) for part in known]).decode()
-    precedents = state["precedents"]
+    key, precedents = _precedent_key(action, action.args_hash), state["precedents"]
     times = precedents[key]["times"] if key in precedents else 0
     precedents[key] = {
-        "effective_verdict": decision["effective_verdict"],
+        "effective_verdict": followed["effective_verdict"],
         "times": times + 1,
-        "decision_id": subject.event["id"],
-        "seq": entry.seq,
+        "decision_id": decision_id,
+        "seq": seq,
     }
     if len(precedents) >= 2 * PRECEDENTS_LIMIT:
         by_age = sorted(precedents, key=lambda key: int(precedents[key]["seq"]))
@@ -247,48 +238,51 @@ def _keep_precedent(state: State, entry: Entry, subject: Subject, decision: dict
             del precedents[old]
 
 
+def _precedent_key(action: Action, args_hash: str) -> str:
+    known = [action.type, action.resource or "", args_hash]
+    key = orjson.dumps(known).decode()
+    if len(key) > _PRECEDENT_KEY_LIMIT:
+        key = orjson.dumps([clipped(part) for part in known]).decode()
+    return key
+
+
 # -- overrides ------------------------------------------------------------------------------------
 
 
-def _read_override(event: dict[str, Any]) -> Body:
-    return (
-        text(event, "reviewer"),
-        one_of(event, "from_verdict", VERDICTS),
-        one_of(event, "to_verdict", VERDICTS),
-    )
-
-
 def _count_override(
-    state: State, entry: Entry, subject: Subject, decision: dict[str, Any], body: Body
+    state: State,
+    entry: Entry,
+    at: Moment,
+    decision: Decision,
+    followed: Followed,
+    body: Overridden,
 ) -> None:
-    reviewer, before, after = body
-    verdict = subject.event["verdict"]
-    if before not in (verdict, decision.get("effective_verdict", verdict)):
+    before, verdict = body.from_verdict, decision.verdict
+    if before not in (verdict, followed.get("effective_verdict", verdict)):
         state["conflicts"]["override_from_mismatch"] += 1
     state["overrides"] += 1
-    decision["overrides"] = decision.get("overrides", 0) + 1
-    _set_effective(state, subject, decision, after)
-    directions, direction = state["override_directions"], f"{before}→{after}"
+    followed["overrides"] = followed.get("overrides", 0) + 1
+    _set_effective(state, decision, followed, body.to_verdict)
+    directions, direction = state["override_directions"], f"{before}→{body.to_verdict}"
     directions[direction] = directions.get(direction, 0) + 1
-    count_name(state, "override_reviewers", reviewer)
-    names = _policy_names(state, subject)
+    count_name(state, "override_reviewers", body.reviewer)
+    names = _policy_names(state, decision)
     by_policy = state["override_policies"]
     for name in names:
         by_policy[name] = by_policy.get(name, 0) + 1
-    if decision["overrides"] == 1:
-        _count_overridden(state, entry, subject, names)
-    _keep_precedent(state, entry, subject, decision)
+    if followed["overrides"] == 1:
+        _count_overridden(state, at, decision, names)
+    _keep_precedent(state, entry.seq, decision, followed, body.decision_id)
 
 
 def _count_overridden(
-    state: State, entry: Entry, subject: Subject, policy_names: list[str]
+    state: State, at: Moment, decision: Decision, policy_names: list[str]
 ) -> None:
     """A decision is overridden once, in the buckets of its first override."""
-    event, newest_ms, rings = subject.event, state["newest_ms"], state["policy_windows"]
-    at = moment_of(entry, entry.event)
-    action = shown_name(state, "action_types", event["action"]["type"])
+    newest_ms, rings = state["newest_ms"], state["policy_windows"]
     cells = slots(state["minutes"], state["hours"], at, newest_ms)
-    cells.append(state["impact_levels"][event.get("impact_level") or "unset"])
+    cells.append(state["impact_levels"][decision.impact_level or "unset"])
+    action = shown_name(state, "action_types", decision.action.type)
     cells.append(cell_of(state, "action_types", action))
     for name in policy_names:
         cells.append(cell_of(state, "policies", name))
@@ -296,44 +290,49 @@ def _count_overridden(
             cells += slots(None, rings[name], at, newest_ms)
     for cell in cells:
         cell[OVERRIDDEN] += 1
-    note_late(state, at)
+    note_late(state, at[0], at[1])
 
 
 # -- outcomes and feedback ------------------------------------------------------------------------
 
 
-def _read_outcome(event: dict[str, Any]) -> Body:
-    return (one_of(event, "outcome", OUTCOMES),)
-
-
 def _count_outcome(
-    state: State, _entry: Entry, _subject: Subject, decision: dict[str, Any], body: Body
+    state: State,
+    _entry: Entry,
+    _at: Moment,
+    _decision: Decision,
+    followed: Followed,
+    body: Outcome,
 ) -> None:
-    (outcome,) = body
-    state["outcomes"][outcome] += 1
-    decision["outcome"] = outcome
+    state["outcomes"][body.outcome] += 1
+    followed["outcome"] = body.outcome
 
 
-def _read_feedback(event: dict[str, Any]) -> Body:
-    columns = _FEEDBACK_COLUMNS[event["feedback"]][event.get("correct_verdict")]
-    return text(event, "reviewer"), columns
+def _check_feedback(body: Feedback) -> None:
+    if body.correct_verdict not in _FEEDBACK_COLUMNS[body.feedback]:
+        raise Unfoldable("feedback.recorded: a correction without `correct_verdict`")
 
 
 def _count_feedback(
-    state: State, _entry: Entry, subject: Subject, decision: dict[str, Any], body: Body
+    state: State,
+    _entry: Entry,
+    _at: Moment,
+    decision: Decision,
+    followed: Followed,
+    body: Feedback,
 ) -> None:
-    reviewer, columns = body
     state["feedback_events"] += 1
-    given, key = decision.setdefault("feedback", {}), clipped(reviewer)
+    given, key = followed.setdefault("feedback", {}), clipped(body.reviewer)
     before, first = given.get(key), not given
     if before is None and len(given) >= NAMES_LIMIT:
         note_overflow(state, "reviewers_of_a_decision")
         return
-    after = columns[subject.event["verdict"] in _INTERVENTIONS]
+    columns = _FEEDBACK_COLUMNS[body.feedback][body.correct_verdict]
+    after = columns[decision.verdict in _INTERVENTIONS]
     given[key] = after
     _count_in_matrix(state["feedback"], before, after, first=first)
     by_policy = state["feedback_policies"]
-    for name in _policy_names(state, subject):
+    for name in _policy_names(state, decision):
         if name not in by_policy:
             by_policy[name] = [0] * len(FEEDBACK)
         _count_in_matrix(by_policy[name], before, after, first=first)
@@ -347,14 +346,12 @@ def _count_in_matrix(matrix: list[int], before: int | None, after: int, *, first
         matrix[WITH_FEEDBACK] += 1
 
 
-_Reader = Callable[[dict[str, Any]], Body]
-_Counter = Callable[[State, "Entry", Subject, dict[str, Any], Body], None]
+_Counter = Callable[[State, "Entry", Moment, Decision, Followed, Any], None]
 
-FOLLOW_UPS: Final[dict[str, tuple[_Reader, _Counter]]] = {
-    "escalation.voted": (_read_vote, _count_vote),
-    "escalation.resolved": (_read_resolution, _count_resolution),
-    "decision.overridden": (_read_override, _count_override),
-    "outcome.reported": (_read_outcome, _count_outcome),
-    "feedback.recorded": (_read_feedback, _count_feedback),
+_COUNT: Final[dict[type[FollowUp], _Counter]] = {
+    EscalationVoted: _count_vote,
+    EscalationResolved: _count_resolution,
+    Overridden: _count_override,
+    Outcome: _count_outcome,
+    Feedback: _count_feedback,
 }
-"""By event type: what reads the body, and what counts it."""

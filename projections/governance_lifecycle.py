@@ -7,76 +7,63 @@ from typing import TYPE_CHECKING, Any, Final
 
 import orjson
 
+from projections.bodies import (
+    AgentRoleAssigned,
+    AgentTrustAdjusted,
+    Body,
+    ConstitutionActivated,
+    ModeChanged,
+    PolicyActivated,
+    PolicyDeactivated,
+    PolicyRef,
+    ThresholdChanged,
+    WaiverGranted,
+    WaiverRevoked,
+)
 from projections.governance_state import (
-    MALFORMED,
     NAMES_LIMIT,
     POLICY_WINDOWS_LIMIT,
     State,
     advance,
     clipped,
     fits,
-    malformed,
-    moment_of,
     note_overflow,
-    one_of,
-    optional_text,
     remember,
-    text,
 )
-from projections.windows import HOUR_SLOTS, Moment, moment, new_ring
+from projections.windows import HOUR_SLOTS, Moment, moment, moment_of_ms, new_ring
 
 if TYPE_CHECKING:
     from ledger.stream import Entry
 
-__all__ = ["LIFECYCLE", "fold_lifecycle"]
-
-Body = tuple[Any, ...]
-_MODES: Final = ("strict", "adaptive", "evolving", "degraded")
+__all__ = ["fold_lifecycle"]
 
 
-def fold_lifecycle(state: State, entry: Entry, event: dict[str, Any]) -> None:
+def fold_lifecycle(state: State, entry: Entry, body: Body) -> None:
     """Notes a change of what governs.
 
     Raises:
-        Unfoldable: it is malformed, or its `at` lies ahead of the ledger's time.
+        Unfoldable: a time in it is none, or its `at` lies ahead of the ledger's time.
     """
-    kind = event["type"]
-    read, note = LIFECYCLE[kind]
-    try:
-        body = read(event)
-        at = moment_of(entry, event)
-    except MALFORMED as error:
-        raise malformed(kind, error) from None
-    advance(state, entry, at)
-    note(state, entry, at, body)
-
-
-def _number(event: dict[str, Any], field: str) -> float:
-    value = event[field]
-    if type(value) is not int and type(value) is not float:
-        raise TypeError(field)
-    return value
+    if isinstance(body, WaiverGranted) and body.expires_at is not None:
+        moment(body.expires_at)
+    at = moment_of_ms(entry.recorded_ms) if body.at is None else moment(body.at)
+    advance(state, entry, at[0])
+    _NOTE[type(body)](state, entry, at, body)
 
 
 # -- policies and constitution --------------------------------------------------------------------
 
 
-def _read_policy(event: dict[str, Any]) -> Body:
-    policy = event["policy"]
-    return text(policy, "id"), text(policy, "version"), optional_text(policy, "hash")
-
-
-def _note_policy(state: State, entry: Entry, at: Moment, change: str, body: Body) -> None:
+def _note_policy(state: State, entry: Entry, at: Moment, change: str, policy: PolicyRef) -> None:
     state["policy_changes"] += 1
-    policy_id, version, policy_hash = body
-    shown_hash = policy_hash and clipped(policy_hash)
-    row = [entry.seq, entry.recorded_ms, at[0], change, clipped(policy_id), clipped(version)]
+    shown_hash = policy.hash and clipped(policy.hash)
+    row = [entry.seq, entry.recorded_ms, at[0], change, clipped(policy.id), clipped(policy.version)]
     remember(state["policy_history"], [*row, shown_hash])
 
 
-def _activate_policy(state: State, entry: Entry, at: Moment, body: Body) -> None:
-    _note_policy(state, entry, at, "activated", body)
-    policy_id, version, policy_hash = body
+def _activate_policy(state: State, entry: Entry, at: Moment, body: PolicyActivated) -> None:
+    _note_policy(state, entry, at, "activated", body.policy)
+    policy_id, version, policy_hash = body.policy.id, body.policy.version, body.policy.hash
     active, windows = state["active_policies"], state["policy_windows"]
     before = active.get(policy_id)
     if before is not None and (before["version"], before["hash"]) == (version, policy_hash):
@@ -99,9 +86,9 @@ def _activate_policy(state: State, entry: Entry, at: Moment, body: Body) -> None
     }
 
 
-def _deactivate_policy(state: State, entry: Entry, at: Moment, body: Body) -> None:
-    _note_policy(state, entry, at, "deactivated", body)
-    policy_id, version, _ = body
+def _deactivate_policy(state: State, entry: Entry, at: Moment, body: PolicyDeactivated) -> None:
+    _note_policy(state, entry, at, "deactivated", body.policy)
+    policy_id, version = body.policy.id, body.policy.version
     before = state["active_policies"].get(policy_id)
     if before is None or before["version"] != version:
         state["conflicts"]["policy_not_active"] += 1
@@ -110,28 +97,21 @@ def _deactivate_policy(state: State, entry: Entry, at: Moment, body: Body) -> No
     state["policy_windows"].pop(f"{policy_id}@{version}", None)
 
 
-def _read_constitution(event: dict[str, Any]) -> Body:
-    return (text(event, "constitutional_hash"),)
-
-
-def _activate_constitution(state: State, entry: Entry, at: Moment, body: Body) -> None:
-    state["constitution"] = body[0]
+def _activate_constitution(
+    state: State, entry: Entry, at: Moment, body: ConstitutionActivated
+) -> None:
+    state["constitution"] = body.constitutional_hash
     state["constitution_changes"] += 1
-    row = [entry.seq, entry.recorded_ms, at[0], clipped(body[0])]
+    row = [entry.seq, entry.recorded_ms, at[0], clipped(body.constitutional_hash)]
     remember(state["constitution_history"], row)
 
 
 # -- thresholds and mode --------------------------------------------------------------------------
 
 
-def _read_threshold(event: dict[str, Any]) -> Body:
-    old = None if event.get("old") is None else _number(event, "old")
-    return text(event, "scope"), text(event, "level"), old, _number(event, "new")
-
-
-def _change_threshold(state: State, entry: Entry, at: Moment, body: Body) -> None:
+def _change_threshold(state: State, entry: Entry, at: Moment, body: ThresholdChanged) -> None:
     """The first change of a threshold has nothing to match; its `old`, if given, was version 1."""
-    scope, level, old, new = body
+    scope, level, old = body.scope, body.level, body.old
     thresholds = state["thresholds"]
     key = orjson.dumps([scope, level]).decode()
     before = thresholds.get(key)
@@ -146,57 +126,42 @@ def _change_threshold(state: State, entry: Entry, at: Moment, body: Body) -> Non
     thresholds[key] = {
         "scope": scope,
         "level": level,
-        "value": new,
+        "value": body.new,
         "version": version + 1,
         "seq": entry.seq,
-        "event_id": clipped(entry.event["id"]),
+        "event_id": clipped(entry.id),
         "at_ms": at[0],
         "recorded_ms": entry.recorded_ms,
     }
 
 
-def _read_mode(event: dict[str, Any]) -> Body:
-    paused = event.get("learning_paused")
-    if paused is not None and type(paused) is not bool:
-        raise TypeError
-    return one_of(event, "mode", _MODES), paused
-
-
-def _change_mode(state: State, entry: Entry, at: Moment, body: Body) -> None:
-    mode, paused = body
+def _change_mode(state: State, entry: Entry, at: Moment, body: ModeChanged) -> None:
     state["mode_changes"] += 1
     state["mode"] = {
-        "mode": mode,
+        "mode": body.mode,
         "seq": entry.seq,
         "at_ms": at[0],
         "recorded_ms": entry.recorded_ms,
     }
-    if paused is not None:
-        state["learning_paused"] = paused
+    if body.learning_paused is not None:
+        state["learning_paused"] = body.learning_paused
 
 
 # -- waivers and agents ---------------------------------------------------------------------------
 
 
-def _read_waiver(event: dict[str, Any]) -> Body:
-    expires_at = optional_text(event, "expires_at")
-    expires_ms = None if expires_at is None else moment(expires_at)[0]
-    return text(event, "waiver_id"), text(event, "scope"), expires_ms
-
-
-def _grant_waiver(state: State, entry: Entry, at: Moment, body: Body) -> None:
-    waiver_id, scope, expires_ms = body
+def _grant_waiver(state: State, entry: Entry, at: Moment, body: WaiverGranted) -> None:
     waivers = state["waivers"]
     state["waivers_granted"] += 1
-    key = clipped(waiver_id)
+    key = clipped(body.waiver_id)
     if key not in waivers and len(waivers) >= NAMES_LIMIT:
         _drop_expired(waivers, state["newest_ms"])
     if key not in waivers and len(waivers) >= NAMES_LIMIT:
         note_overflow(state, "waivers")
         return
     waivers[key] = {
-        "scope": clipped(scope),
-        "expires_ms": expires_ms,
+        "scope": clipped(body.scope),
+        "expires_ms": None if body.expires_at is None else moment(body.expires_at)[0],
         "seq": entry.seq,
         "at_ms": at[0],
     }
@@ -209,44 +174,30 @@ def _drop_expired(waivers: dict[str, Any], newest_ms: int) -> None:
             del waivers[key]
 
 
-def _read_waiver_id(event: dict[str, Any]) -> Body:
-    return (text(event, "waiver_id"),)
-
-
-def _revoke_waiver(state: State, _entry: Entry, _at: Moment, body: Body) -> None:
+def _revoke_waiver(state: State, _entry: Entry, _at: Moment, body: WaiverRevoked) -> None:
     state["waivers_revoked"] += 1
-    if state["waivers"].pop(clipped(body[0]), None) is None:
+    if state["waivers"].pop(clipped(body.waiver_id), None) is None:
         state["conflicts"]["waiver_unknown"] += 1
-
-
-def _read_role(event: dict[str, Any]) -> Body:
-    return text(event["agent"], "id"), text(event, "role")
 
 
 def _assign_role(state: State, _entry: Entry, _at: Moment, _body: Body) -> None:
     state["roles_assigned"] += 1
 
 
-def _read_trust(event: dict[str, Any]) -> Body:
-    return text(event["agent"], "id"), _number(event, "delta")
-
-
 def _adjust_trust(state: State, _entry: Entry, _at: Moment, _body: Body) -> None:
     state["trust_adjustments"] += 1
 
 
-_Reader = Callable[[dict[str, Any]], Body]
-_Noter = Callable[[State, "Entry", Moment, Body], None]
+_Noter = Callable[[State, "Entry", Moment, Any], None]
 
-LIFECYCLE: Final[dict[str, tuple[_Reader, _Noter]]] = {
-    "policy.activated": (_read_policy, _activate_policy),
-    "policy.deactivated": (_read_policy, _deactivate_policy),
-    "constitution.activated": (_read_constitution, _activate_constitution),
-    "threshold.changed": (_read_threshold, _change_threshold),
-    "mode.changed": (_read_mode, _change_mode),
-    "waiver.granted": (_read_waiver, _grant_waiver),
-    "waiver.revoked": (_read_waiver_id, _revoke_waiver),
-    "agent.role_assigned": (_read_role, _assign_role),
-    "agent.trust_adjusted": (_read_trust, _adjust_trust),
+_NOTE: Final[dict[type[Body], _Noter]] = {
+    PolicyActivated: _activate_policy,
+    PolicyDeactivated: _deactivate_policy,
+    ConstitutionActivated: _activate_constitution,
+    ThresholdChanged: _change_threshold,
+    ModeChanged: _change_mode,
+    AgentRoleAssigned: _assign_role,
+    AgentTrustAdjusted: _adjust_trust,
+    WaiverGranted: _grant_waiver,
+    WaiverRevoked: _revoke_waiver,
 }
-"""By event type: what reads the body, and what notes it."""

@@ -15,9 +15,6 @@ from projections.windows import (
     MINUTE_SLOTS,
     SURELY_LIVE_MS,
     WINDOWS,
-    Moment,
-    moment,
-    moment_of_ms,
     new_ring,
 )
 
@@ -32,7 +29,6 @@ __all__ = [
     "HISTORY_LIMIT",
     "IMPACT_LEVELS",
     "LATENCY_BOUNDS_MS",
-    "MALFORMED",
     "NAMES_LIMIT",
     "NAME_BYTES_LIMIT",
     "NEVER_MS",
@@ -56,16 +52,11 @@ __all__ = [
     "clipped",
     "count_name",
     "fits",
-    "malformed",
-    "moment_of",
     "new_state",
     "note_late",
     "note_overflow",
-    "one_of",
-    "optional_text",
     "remember",
     "shown_name",
-    "text",
 ]
 
 State = dict[str, Any]
@@ -175,48 +166,6 @@ def new_state() -> State:
     }
 
 
-# -- reading a body -------------------------------------------------------------------------------
-# Readers raise KeyError for what is missing or unknown and TypeError for another JSON type; both
-# become Unfoldable in one place, before anything is changed.
-
-
-MALFORMED: Final = (KeyError, TypeError, AttributeError, ValueError)
-"""What reading a body may raise; ValueError is of the JSON itself."""
-
-
-def text(event: dict[str, Any], field: str) -> str:
-    """A required string."""
-    value = event[field]
-    if type(value) is not str:
-        raise TypeError(field)
-    return value
-
-
-def optional_text(event: dict[str, Any], field: str) -> str | None:
-    """A string, or None where the field is absent or null."""
-    value = event.get(field)
-    if value is not None and type(value) is not str:
-        raise TypeError(field)
-    return value
-
-
-def one_of(event: dict[str, Any], field: str, allowed: tuple[str, ...]) -> str:
-    """A required word of a closed vocabulary: an unknown one must not be counted as another."""
-    value: str = event[field]
-    if value not in allowed:
-        raise KeyError(value)
-    return value
-
-
-def malformed(kind: object, error: Exception) -> Unfoldable:
-    """What is raised for an error that reading a body met."""
-    if isinstance(error, KeyError):
-        return Unfoldable(f"{kind}: missing or unknown: {error.args[0]!a:.80}")
-    if isinstance(error, ValueError):
-        return Unfoldable("the entry's data is not JSON")
-    return Unfoldable(f"{kind}: a field is of the wrong JSON type or out of range")
-
-
 # -- bounded names --------------------------------------------------------------------------------
 
 
@@ -283,24 +232,13 @@ def remember(history: list[Any], row: list[Any]) -> None:
 # -- event time -----------------------------------------------------------------------------------
 
 
-def moment_of(entry: Entry, event: dict[str, Any]) -> Moment:
-    """The event's own time; where it has none, the ledger's.
+def advance(state: State, entry: Entry, ms: int) -> None:
+    """Moves the newest time seen up to `ms`. Changes nothing if it raises.
 
     Raises:
-        Unfoldable: `at` is no time.
-    """
-    given = event.get("at")
-    return moment_of_ms(entry.recorded_ms) if given is None else moment(given)
-
-
-def advance(state: State, entry: Entry, at: Moment) -> None:
-    """Moves the newest time seen up to the moment. Changes nothing if it raises.
-
-    Raises:
-        Unfoldable: the moment is more than five minutes ahead of the ledger's own time: one event
+        Unfoldable: it is more than five minutes ahead of the ledger's own time: one event
             in the far future must not empty every window.
     """
-    ms = at[0]
     if ms <= state["newest_ms"]:
         return
     # `clock_ms` is a ledger time that an earlier entry has reached; recorded times never go back,
@@ -313,15 +251,15 @@ def advance(state: State, entry: Entry, at: Moment) -> None:
     state["newest_ms"] = ms
 
 
-def note_late(state: State, at: Moment) -> None:
+def note_late(state: State, ms: int, minute: int) -> None:
     """Counts what came after its minute had passed, and the windows that it came too late for."""
     newest_ms = state["newest_ms"]
-    if newest_ms // MINUTE_MS == at[1]:
+    if newest_ms // MINUTE_MS == minute:
         return
     late = state["late"]
     late["total"] += 1
-    if newest_ms - at[0] < SURELY_LIVE_MS:
+    if newest_ms - ms < SURELY_LIVE_MS:
         return
     for window, (_, bucket_ms, span) in WINDOWS.items():
-        if newest_ms // bucket_ms - at[0] // bucket_ms >= span:
+        if newest_ms // bucket_ms - ms // bucket_ms >= span:
             late[window] += 1

@@ -10,18 +10,20 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import aclosing
+from functools import partial
 from typing import Any, Final
 
 from ledger import errors, keys
 from ledger.ledger import Ledger
 from ledger.server import Server, pack
-from ledger.stream import Entry, Head, Walk, find_many, head_command, parse_head
+from ledger.stream import Entry, Head, Walk, head_command, parse_head
+from projections.bodies import DECISION, FOLLOW_UPS, unreadable
 from projections.governance import Governance
-from projections.projection import Projection, Subject, Unfoldable
-from projections.store import STATE, Committed, FoldStore
+from projections.projection import DECISION_PREFIX, STATE, Entities, Projection, Unfoldable
+from projections.store import Committed, FoldStore
+from projections.subjects import Subjects, latest
 
 __all__ = ["Projector"]
 
@@ -30,11 +32,9 @@ PUBLISH_INTERVAL_S: Final = 0.05
 
 SWEEP_INTERVAL_S: Final = 5.0
 FOLDS_AT_ONCE: Final = 8
-SUBJECTS_KEPT: Final = 4096
-ENTITIES_KEPT: Final = 16_384
+ENTITIES_KEPT: Final = 2048
 HEADS_A_CALL: Final = 1000
 ATTEMPTS: Final = 5
-_DECISION: Final = "decision.recorded"
 _log = logging.getLogger("ledger")
 
 Progress = Callable[[str, int], None]
@@ -48,14 +48,15 @@ class TenantFold:
     ) -> None:
         self.tenant = tenant
         self.projection = projection
+        self._apply_all = getattr(projection, "apply_all", None) or partial(apply_each, projection)
         self.store = store
         self.committed: Committed | None = None
         self.published_at = 0.0
         self.published_seq = -1
         self._server = server
         self._walk: Walk | None = None
-        self._entities: OrderedDict[str, dict[str, Any]] = OrderedDict()
-        self._subjects: OrderedDict[str, Subject] = OrderedDict()
+        self._entities: dict[str, dict[str, Any]] = {}
+        self._subjects = Subjects(server, tenant)
 
     @property
     def seq(self) -> int:
@@ -76,7 +77,7 @@ class TenantFold:
         """Drops what is in memory: the next fold begins from what is committed."""
         self.committed = self._walk = None
         self._entities.clear()
-        self._subjects.clear()
+        self._subjects.forget()
 
     async def begin(self) -> Walk:
         """Where the next fold goes on.
@@ -111,76 +112,85 @@ class TenantFold:
         except BaseException:
             self.forget()
             raise
-        self._trim()
 
     async def _apply(
         self, entries: Sequence[Entry]
     ) -> tuple[dict[str, dict[str, Any]], dict[int, str]]:
         """The entities that changed, and why which entries could not be folded."""
+        subjects, names = await self._gather(entries)
         entities = self._entities
-        unreadable = {entry.seq: reason for entry in entries if (reason := _unreadable(entry))}
-        readable = [entry for entry in entries if entry.seq not in unreadable]
-        refused: dict[int, str] = {}
-        await self._load_subjects(readable)
-        touched = await self._load_entities(readable)
+        refused = self._apply_all(entities, entries, subjects)
+        for seq, reason in refused.items():
+            self._name_quarantined(seq, reason)
+        changed = {name: entities[name] for name in names if name in entities}
+        self._trim(entries)
+        return changed, refused
+
+    async def _gather(self, entries: Sequence[Entry]) -> tuple[list[Entry | None], dict[str, None]]:
+        """What each entry follows, and what they name; all that there is of it is at hand then.
+
+        It waits only where something is not: then what all the rest need is read at once.
+        """
+        entities, of, untouched = self._entities, self._subjects.of, self._subjects.untouched
+        names_of = self.projection.names
+        names: dict[str, None] = {STATE: None}
+        absent: set[str] = set()
+        subjects: list[Entry | None] = []
+        for entry in entries:
+            subject, first = None, False
+            kind = entry.raw_fields[1]
+            if kind == DECISION:
+                untouched[entry.raw_fields[3]] = entry
+            elif kind in FOLLOW_UPS:
+                found = of(entry)
+                if found is None:
+                    absent |= await self._look_ahead(entries, entry)
+                    found = of(entry)
+                    assert found is not None
+                subject, first = found
+            subjects.append(subject)
+            try:
+                named = names_of(entry)
+            except Exception as error:  # noqa: BLE001 - a defect is raised again
+                named = _unnamed(entry, error)
+            for name in named:
+                if name in names:
+                    continue
+                names[name] = None
+                if name in entities or name in absent:
+                    continue
+                if not name.startswith(DECISION_PREFIX) or not (first or subject is None):
+                    absent |= await self._look_ahead(entries, entry)
+        return subjects, names
+
+    async def _look_ahead(self, page: Sequence[Entry], at: Entry) -> set[str]:
+        """Reads what the rest of a page needs and what is not at hand; what exists nowhere."""
+        entries = page[page.index(at) :]
+        untouched = await self._subjects.look_ahead(entries)
+        new = {DECISION_PREFIX + decision_id for decision_id in untouched}
+        named = set[str]()
         for entry in entries:
             try:
-                self._fold(entry, unreadable.get(entry.seq))
-            except Unfoldable as error:
-                refused[entry.seq] = error.reason
-                self.projection.quarantined(entities, entry)
-                self._name_quarantined(entry, error.reason)
-            if entry.type == _DECISION and entry.seq not in unreadable:
-                self._keep_subject(entry)  # folded or not: by the index it would be found too
-        return {name: entities[name] for name in touched if name in entities}, refused
+                named.update(self.projection.names(entry))
+            except Exception as error:  # noqa: BLE001 - a defect is raised again
+                _unnamed(entry, error)
+        missing = named - new - self._entities.keys()
+        self._entities |= await self.store.load(missing)
+        return missing - self._entities.keys()
 
-    def _fold(self, entry: Entry, unreadable: str | None) -> None:
-        if unreadable:
-            raise Unfoldable(unreadable)
-        subject_id = self.projection.subject_id(entry)
-        subject = self._subjects.get(subject_id) if subject_id else None
-        if subject is not None and subject.seq >= entry.seq:
-            subject = None
-        self.projection.apply(self._entities, entry, subject)
-
-    def _name_quarantined(self, entry: Entry, reason: str) -> None:
+    def _name_quarantined(self, seq: int, reason: str) -> None:
         fold = f"{self.projection.name}@{self.projection.version}"
-        _log.warning("tenant %s: %s cannot fold seq %d: %s", self.tenant, fold, entry.seq, reason)
+        _log.warning("tenant %s: %s cannot fold seq %d: %s", self.tenant, fold, seq, reason)
 
-    async def _load_subjects(self, entries: Sequence[Entry]) -> None:
-        """Decisions that follow-ups in this page refer to and that are not at hand."""
-        coming = {entry.id for entry in entries if entry.type == _DECISION}
-        wanted = {
-            subject_id: None
-            for entry in entries
-            if (subject_id := self.projection.subject_id(entry))
-            and subject_id not in self._subjects
-            and subject_id not in coming
-        }
-        for found in await find_many(self._server, self.tenant, list(wanted)):
-            if found.type == _DECISION and not _unreadable(found):
-                self._keep_subject(found)
-
-    async def _load_entities(self, entries: Sequence[Entry]) -> dict[str, None]:
-        """Loads what the entries name; the names."""
-        wanted: dict[str, None] = {STATE: None}
-        for entry in entries:
-            wanted.update(dict.fromkeys(self.projection.names(entry)))
-        missing = [name for name in wanted if name not in self._entities]
-        self._entities.update(await self.store.load(missing))
-        return wanted
-
-    def _keep_subject(self, entry: Entry) -> None:
-        self._subjects[entry.id] = Subject(entry.seq, entry.recorded_ms, entry.event)
-
-    def _trim(self) -> None:
+    def _trim(self, page: Sequence[Entry]) -> None:
         """Bounds memory; what is dropped is in Redis."""
-        while len(self._subjects) > SUBJECTS_KEPT:
-            self._subjects.popitem(last=False)
-        if len(self._entities) > ENTITIES_KEPT:
-            self._entities.move_to_end(STATE)
-            while len(self._entities) > ENTITIES_KEPT // 2:
-                self._entities.popitem(last=False)
+        for entry in page:
+            entry.memo = None
+        self._subjects.trim()
+        state = self._entities.get(STATE)
+        self._entities = latest(self._entities, ENTITIES_KEPT)
+        if state is not None:
+            self._entities[STATE] = state
 
     async def publish(self, ttl_seconds: int, *, force: bool = False) -> None:
         """Puts the copy that readers take."""
@@ -192,23 +202,67 @@ class TenantFold:
         self.published_at, self.published_seq = time.monotonic(), self.seq
 
 
+def apply_each(
+    projection: Projection,
+    entities: Entities,
+    entries: Sequence[Entry],
+    subjects: Sequence[Entry | None],
+) -> dict[int, str]:
+    """Folds entries one after the other, and counts those that cannot be folded; by seq, why.
+
+    Raises:
+        Exception: what a defect in the projection raises.
+    """
+    refused: dict[int, str] = {}
+    for entry, subject in zip(entries, subjects, strict=True):
+        try:
+            projection.apply(entities, entry, subject)
+        except Exception as error:  # noqa: BLE001 - a defect is raised again
+            reason = _reason(projection, entities, entry, subject, error)
+            if reason is not None:
+                refused[entry.seq] = reason
+                projection.quarantined(entities, entry)
+    return refused
+
+
+def _reason(
+    projection: Projection,
+    entities: Entities,
+    entry: Entry,
+    subject: Entry | None,
+    error: Exception,
+) -> str | None:
+    """Why an entry cannot be folded; None where it was, without a decision that is unreadable."""
+    if isinstance(error, Unfoldable):
+        return error.reason
+    reason = unreadable(entry)
+    if reason is None and subject is not None and unreadable(subject) is not None:
+        try:
+            projection.apply(entities, entry, None)
+        except Unfoldable as refusal:
+            reason = refusal.reason
+    elif reason is None:
+        raise error
+    return reason
+
+
+def _unnamed(entry: Entry, error: Exception) -> Sequence[str]:
+    """No names, where an entry cannot be folded: then `apply` raises as `names` did.
+
+    Raises:
+        Exception: `error`, if it is a defect in the projection.
+    """
+    if isinstance(error, Unfoldable) or unreadable(entry) is not None:
+        return ()
+    raise error
+
+
 def _hinted(fields: Sequence[bytes]) -> str | None:
     """The tenant of a feed entry; None for what somebody else put there."""
     try:
         return keys.checked_tenant(fields[1].decode())
     except (errors.InvalidTenant, UnicodeDecodeError):
         return None
-
-
-def _unreadable(entry: Entry) -> str | None:
-    """Why the stored bytes are no event; only another hand can have written such."""
-    try:
-        for field in entry.raw_fields[:4]:
-            field.decode()
-        event: object = entry.event
-        return None if isinstance(event, dict) else "data is no JSON object"
-    except ValueError as error:
-        return f"its fields are no UTF-8 or no JSON: {error}"
 
 
 class Projector:

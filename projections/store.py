@@ -22,12 +22,11 @@ import orjson
 from ledger import errors, keys
 from ledger.server import Server, pack
 from ledger.stream import Position, split_id
-from projections.projection import Entities, Projection
+from projections.projection import STATE, Entities, Projection
 
 __all__ = ["Committed", "FoldStore", "PublishedState", "encode_entity"]
 
 BUCKETS: Final = 1024
-STATE: Final = "state"
 REBUILD: Final = "rebuild"
 
 

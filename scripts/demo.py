@@ -33,7 +33,8 @@ from rich.table import Table
 from ledger import Entry, Event, Ledger, Receipt, errors, event_from_json
 from ledger.embedded import EmbeddedServer, is_running
 from ledger.service.terminal import spare_gc
-from projections import Governance, Projector, PublishedState, StateReader, Subject
+from projections import Governance, Projector, PublishedState, StateReader
+from projections.bodies import subject_id
 from projections.projection import Entities
 from projections.store import encode_entity
 
@@ -292,11 +293,11 @@ def folded(entries: list[Entry]) -> dict[str, Any]:
     """What the governance fold makes of a history, in this process and from nothing else."""
     governance = Governance()
     entities: Entities = {}
-    decisions: dict[str | None, Subject] = {}
+    decisions: dict[str | None, Entry] = {}
     for entry in entries:
-        governance.apply(entities, entry, decisions.get(governance.subject_id(entry)))
+        governance.apply(entities, entry, decisions.get(subject_id(entry)))
         if entry.type == "decision.recorded":
-            decisions[entry.id] = Subject(entry.seq, entry.recorded_ms, entry.event)
+            decisions[entry.id] = entry
     return governance.view(entities["state"])
 
 

@@ -20,12 +20,9 @@ class Counter:
     name = "counter"
     version = 1
 
-    def subject_id(self, entry):
-        return entry.event.get("decision_id")
-
     def names(self, entry):
-        subject_id = self.subject_id(entry)
-        return ("state", f"decision:{subject_id}") if subject_id else ("state",)
+        decision_id = entry.event.get("decision_id")
+        return ("state", f"decision:{decision_id}") if decision_id else ("state",)
 
     def apply(self, entities, entry, subject):
         event = entry.event
@@ -34,10 +31,10 @@ class Counter:
         state = entities.setdefault("state", {})
         kind = event.get("verdict") or (entry.type if subject else "orphan")
         state[kind] = state.get(kind, 0) + 1
-        for name in self.names(entry)[1:]:
-            entity = entities.setdefault(name, {"follow_ups": 0})
+        if subject:
+            entity = entities.setdefault(f"decision:{subject.id}", {"follow_ups": 0})
             entity["follow_ups"] += 1
-            entity["subject_seq"] = subject.seq if subject else None
+            entity["subject_seq"] = subject.seq
 
     def quarantined(self, entities, entry):
         state = entities.setdefault("state", {})
