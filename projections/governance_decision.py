@@ -78,6 +78,11 @@ def decision_counter(state: State) -> Callable[[Entry, Decision], None]:  # noqa
                 ms += SECOND_MS[text[17:]]
             except KeyError:
                 ms, minute, minute_place, hour, hour_place = moment(text)
+        effects = 0
+        if body.rules:
+            for rule in body.rules:
+                if rule.effect != "match":
+                    effects |= _EFFECT[rule.effect]
         newest_ms = state["newest_ms"]
         if ms > newest_ms:
             if ms > state["clock_ms"] + FUTURE_LIMIT_MS:
@@ -106,14 +111,16 @@ def decision_counter(state: State) -> Callable[[Entry, Decision], None]:  # noqa
             in_minute[verdict] += 1
             in_hour[verdict] += 1
             by_policy[verdict] += 1
-            cells = [level, by_action, in_minute, in_hour, by_policy]
-            ring = windows.get(policy)
-            if ring is not None:
+            of_policy = None
+            if policy in windows:
+                ring = windows[policy]
                 of_policy = ring[hour_place]
                 if of_policy is None or of_policy[BUCKET] != hour:
                     of_policy = claim(ring, hour_place, hour)
                 of_policy[verdict] += 1
-                cells.append(of_policy)
+            if effects:
+                cells = [level, by_action, in_minute, in_hour, by_policy]
+                _count_effects(cells if of_policy is None else [*cells, of_policy], effects)
         else:
             at = ms, minute, minute_place, hour, hour_place
             cells = [level, by_action, *slots(minutes, hours, at, newest_ms)]
@@ -121,14 +128,7 @@ def decision_counter(state: State) -> Callable[[Entry, Decision], None]:  # noqa
                 cells += _policy_cells(state, policies, at)
             for cell in cells:
                 cell[verdict] += 1
-        if body.rules:
-            effects = 0
-            for rule in body.rules:
-                if rule.effect != "match":
-                    effects |= _EFFECT[rule.effect]
-            for column in _EFFECT_COLUMNS[effects]:
-                for cell in cells:
-                    cell[column] += 1
+            _count_effects(cells, effects)
         if ms < newest_ms:
             note_late(state, ms, minute)
         if body.latency_ms is not None:
@@ -140,6 +140,12 @@ def decision_counter(state: State) -> Callable[[Entry, Decision], None]:  # noqa
             _open_escalation(state, entry, body, ms)
 
     return count
+
+
+def _count_effects(cells: list[list[int]], effects: int) -> None:
+    for column in _EFFECT_COLUMNS[effects]:
+        for cell in cells:
+            cell[column] += 1
 
 
 def keep_recent(state: State, entries: Sequence[Entry], refused: Container[int]) -> None:

@@ -101,7 +101,8 @@ def fold_follow_up(
     kind = type(body)
     if kind is Feedback:
         _check_feedback(body)
-    at = moment_of_ms(entry.recorded_ms) if body.at is None else moment(body.at)
+    text = body.at
+    at = moment_of_ms(entry.recorded_ms) if text is None else moment(text)
     if at[0] > state["newest_ms"]:
         advance(state, entry, at[0])
     decision = None
@@ -115,13 +116,13 @@ def fold_follow_up(
         return
     name = DECISION_PREFIX + body.decision_id
     followed = entities.get(name)
-    if followed is not None:
+    if followed is None:
+        followed = {}
         _COUNT[kind](state, entry, at, decision, followed, body)
-        return
-    followed = {}
-    _COUNT[kind](state, entry, at, decision, followed, body)
-    if followed:
-        entities[name] = followed
+        if followed:
+            entities[name] = followed
+    else:
+        _COUNT[kind](state, entry, at, decision, followed, body)
 
 
 def _folded(state: State, entry: Entry, subject: Entry) -> Decision | None:
