@@ -22,14 +22,13 @@ from projections.governance_state import (
     note_late,
 )
 from projections.windows import (
-    BUCKET,
     MINUTES,
     SECOND_MS,
     SURELY_LIVE_MS,
     Moment,
-    claim,
     moment,
     moment_of_ms,
+    slot,
     slots,
 )
 
@@ -68,7 +67,10 @@ def decision_counter(state: State) -> Callable[[Entry, Decision], None]:  # noqa
     actions, known, windows = state["action_types"], state["policies"], state["policy_windows"]
     latency = state["latency"]
 
+    last_minute, in_minute, in_hour = None, [], []
+
     def count(entry: Entry, body: Decision) -> None:  # noqa: C901, PLR0912
+        nonlocal last_minute, in_minute, in_hour
         text = body.at
         if text is None or body.expires_at is not None:
             ms, minute, minute_place, hour, hour_place = decided_at(entry, body)
@@ -100,12 +102,10 @@ def decision_counter(state: State) -> Callable[[Entry, Decision], None]:  # noqa
             if len(policies) == 1:
                 by_policy = known.get(policy)
         if by_policy is not None and newest_ms - ms < SURELY_LIVE_MS:
-            in_minute = minutes[minute_place]
-            if in_minute is None or in_minute[BUCKET] != minute:
-                in_minute = claim(minutes, minute_place, minute)
-            in_hour = hours[hour_place]
-            if in_hour is None or in_hour[BUCKET] != hour:
-                in_hour = claim(hours, hour_place, hour)
+            if minute != last_minute:
+                in_minute = slot(minutes, minute_place, minute)
+                in_hour = slot(hours, hour_place, hour)
+                last_minute = minute
             level[verdict] += 1
             by_action[verdict] += 1
             in_minute[verdict] += 1
@@ -113,10 +113,7 @@ def decision_counter(state: State) -> Callable[[Entry, Decision], None]:  # noqa
             by_policy[verdict] += 1
             of_policy = None
             if policy in windows:
-                ring = windows[policy]
-                of_policy = ring[hour_place]
-                if of_policy is None or of_policy[BUCKET] != hour:
-                    of_policy = claim(ring, hour_place, hour)
+                of_policy = slot(windows[policy], hour_place, hour)
                 of_policy[verdict] += 1
             if effects:
                 cells = [level, by_action, in_minute, in_hour, by_policy]
