@@ -294,19 +294,17 @@ def read(entry: Entry) -> Any:
         Unfoldable: it cannot be read; the module's docstring says when.
     """
     body = entry.memo
-    if body is not None:
-        return body
-    fields = entry.raw_fields
-    data, decode = fields[5], _DECODE.get(fields[1])
-    unsure = decode is None or not fields[3].isascii()
-    try:
-        if unsure or (len(data) > _SHALLOW_BYTES and _may_be_deep(data)):
-            body = _read_slowly(entry)
+    if body is None:
+        fields = entry.raw_fields
+        data, decode = fields[5], _DECODE.get(fields[1])
+        sure = decode is not None and fields[3].isascii()
+        if sure and (len(data) <= _SHALLOW_BYTES or not _may_be_deep(data)):
+            try:
+                body = entry.memo = decode(data)
+            except (msgspec.DecodeError, UnicodeDecodeError):
+                body = entry.memo = _read_slowly(entry)
         else:
-            body = decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        body = _read_slowly(entry)
-    entry.memo = body
+            body = entry.memo = _read_slowly(entry)
     return body
 
 
@@ -351,7 +349,8 @@ def subject_id(entry: Entry) -> str | None:
     if entry.raw_fields[1] not in FOLLOW_UPS:
         return None
     try:
-        found: object = (entry.memo or read(entry)).decision_id
+        decision_id: str = read(entry).decision_id
     except Unfoldable:
-        found = None if unreadable(entry) else entry.event.get("decision_id")
-    return found if isinstance(found, str) else None
+        named = None if unreadable(entry) else entry.event.get("decision_id")
+        return named if isinstance(named, str) else None
+    return decision_id

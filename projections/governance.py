@@ -40,12 +40,14 @@ class Governance:
 
     name = "governance"
     version = 1
+    naming = FOLLOW_UPS
 
     def names(self, entry: Entry) -> tuple[str, ...]:
         """A follow-up's decision."""
         if entry.raw_fields[1] not in FOLLOW_UPS:
             return ()
-        decision_id = subject_id(entry)
+        body = entry.memo
+        decision_id = subject_id(entry) if body is None else body.decision_id
         return () if decision_id is None else (DECISION_PREFIX + decision_id,)
 
     def apply(self, entities: Entities, entry: Entry, subject: Entry | None) -> None:

@@ -22,14 +22,13 @@ from projections.governance_state import (
     note_late,
 )
 from projections.windows import (
-    BUCKET,
     MINUTES,
     SECOND_MS,
     SURELY_LIVE_MS,
     Moment,
-    claim,
     moment,
     moment_of_ms,
+    slot,
     slots,
 )
 
@@ -68,7 +67,10 @@ def decision_counter(state: State) -> Callable[[Entry, Decision], None]:  # noqa
     actions, known, windows = state["action_types"], state["policies"], state["policy_windows"]
     latency = state["latency"]
 
+    last_minute, in_minute, in_hour = None, [], []
+
     def count(entry: Entry, body: Decision) -> None:  # noqa: C901, PLR0912
+        nonlocal last_minute, in_minute, in_hour
         text = body.at
         if text is None or body.expires_at is not None:
             ms, minute, minute_place, hour, hour_place = decided_at(entry, body)
@@ -78,6 +80,11 @@ def decision_counter(state: State) -> Callable[[Entry, Decision], None]:  # noqa
                 ms += SECOND_MS[text[17:]]
             except KeyError:
                 ms, minute, minute_place, hour, hour_place = moment(text)
+        effects = 0
+        if body.rules:
+            for rule in body.rules:
+                if rule.effect != "match":
+                    effects |= _EFFECT[rule.effect]
         newest_ms = state["newest_ms"]
         if ms > newest_ms:
             if ms > state["clock_ms"] + FUTURE_LIMIT_MS:
@@ -95,25 +102,22 @@ def decision_counter(state: State) -> Callable[[Entry, Decision], None]:  # noqa
             if len(policies) == 1:
                 by_policy = known.get(policy)
         if by_policy is not None and newest_ms - ms < SURELY_LIVE_MS:
-            in_minute = minutes[minute_place]
-            if in_minute is None or in_minute[BUCKET] != minute:
-                in_minute = claim(minutes, minute_place, minute)
-            in_hour = hours[hour_place]
-            if in_hour is None or in_hour[BUCKET] != hour:
-                in_hour = claim(hours, hour_place, hour)
+            if minute != last_minute:
+                in_minute = slot(minutes, minute_place, minute)
+                in_hour = slot(hours, hour_place, hour)
+                last_minute = minute
             level[verdict] += 1
             by_action[verdict] += 1
             in_minute[verdict] += 1
             in_hour[verdict] += 1
             by_policy[verdict] += 1
-            cells = [level, by_action, in_minute, in_hour, by_policy]
-            ring = windows.get(policy)
-            if ring is not None:
-                of_policy = ring[hour_place]
-                if of_policy is None or of_policy[BUCKET] != hour:
-                    of_policy = claim(ring, hour_place, hour)
+            of_policy = None
+            if policy in windows:
+                of_policy = slot(windows[policy], hour_place, hour)
                 of_policy[verdict] += 1
-                cells.append(of_policy)
+            if effects:
+                cells = [level, by_action, in_minute, in_hour, by_policy]
+                _count_effects(cells if of_policy is None else [*cells, of_policy], effects)
         else:
             at = ms, minute, minute_place, hour, hour_place
             cells = [level, by_action, *slots(minutes, hours, at, newest_ms)]
@@ -121,14 +125,7 @@ def decision_counter(state: State) -> Callable[[Entry, Decision], None]:  # noqa
                 cells += _policy_cells(state, policies, at)
             for cell in cells:
                 cell[verdict] += 1
-        if body.rules:
-            effects = 0
-            for rule in body.rules:
-                if rule.effect != "match":
-                    effects |= _EFFECT[rule.effect]
-            for column in _EFFECT_COLUMNS[effects]:
-                for cell in cells:
-                    cell[column] += 1
+            _count_effects(cells, effects)
         if ms < newest_ms:
             note_late(state, ms, minute)
         if body.latency_ms is not None:
@@ -140,6 +137,12 @@ def decision_counter(state: State) -> Callable[[Entry, Decision], None]:  # noqa
             _open_escalation(state, entry, body, ms)
 
     return count
+
+
+def _count_effects(cells: list[list[int]], effects: int) -> None:
+    for column in _EFFECT_COLUMNS[effects]:
+        for cell in cells:
+            cell[column] += 1
 
 
 def keep_recent(state: State, entries: Sequence[Entry], refused: Container[int]) -> None:

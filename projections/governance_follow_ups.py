@@ -115,13 +115,13 @@ def fold_follow_up(
         return
     name = DECISION_PREFIX + body.decision_id
     followed = entities.get(name)
-    if followed is not None:
+    if followed is None:
+        followed = {}
         _COUNT[kind](state, entry, at, decision, followed, body)
-        return
-    followed = {}
-    _COUNT[kind](state, entry, at, decision, followed, body)
-    if followed:
-        entities[name] = followed
+        if followed:
+            entities[name] = followed
+    else:
+        _COUNT[kind](state, entry, at, decision, followed, body)
 
 
 def _folded(state: State, entry: Entry, subject: Entry) -> Decision | None:
@@ -140,11 +140,12 @@ def _folded(state: State, entry: Entry, subject: Entry) -> Decision | None:
 
 def _policy_names(state: State, decision: Decision) -> list[str]:
     """The names under which the decision's policies count, each once."""
+    known: dict[str, list[int]] = state["policies"]
     names: list[str] = []
-    known = state["policies"]
     for policy in decision.policies or ():
-        key = policy.id + "@" + policy.version
-        name = key if key in known else OTHER
+        name = policy.id + "@" + policy.version
+        if name not in known:
+            name = OTHER
         if name not in names:
             names.append(name)
     return names
@@ -322,28 +323,29 @@ def _count_feedback(
     body: Feedback,
 ) -> None:
     state["feedback_events"] += 1
-    given, key = followed.setdefault("feedback", {}), clipped(body.reviewer)
-    before, first = given.get(key), not given
-    if before is None and len(given) >= NAMES_LIMIT:
-        note_overflow(state, "reviewers_of_a_decision")
-        return
-    columns = _FEEDBACK_COLUMNS[body.feedback][body.correct_verdict]
+    key, columns = clipped(body.reviewer), _FEEDBACK_COLUMNS[body.feedback][body.correct_verdict]
     after = columns[decision.verdict in _INTERVENTIONS]
-    given[key] = after
-    _count_in_matrix(state["feedback"], before, after, first=first)
-    by_policy = state["feedback_policies"]
+    given = followed.get("feedback")
+    if given is None:
+        before, first = None, True
+        followed["feedback"] = {key: after}
+    else:
+        before, first = given.get(key), False
+        if before is None and len(given) >= NAMES_LIMIT:
+            note_overflow(state, "reviewers_of_a_decision")
+            return
+        given[key] = after
+    matrices, by_policy = [state["feedback"]], state["feedback_policies"]
     for name in _policy_names(state, decision):
         if name not in by_policy:
             by_policy[name] = [0] * len(FEEDBACK)
-        _count_in_matrix(by_policy[name], before, after, first=first)
-
-
-def _count_in_matrix(matrix: list[int], before: int | None, after: int, *, first: bool) -> None:
-    if before is not None:
-        matrix[before] -= 1
-    matrix[after] += 1
-    if first:
-        matrix[WITH_FEEDBACK] += 1
+        matrices.append(by_policy[name])
+    for matrix in matrices:
+        matrix[after] += 1
+        if before is not None:
+            matrix[before] -= 1
+        elif first:
+            matrix[WITH_FEEDBACK] += 1
 
 
 _Counter = Callable[[State, "Entry", Moment, Decision, Followed, Any], None]

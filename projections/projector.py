@@ -48,6 +48,7 @@ class TenantFold:
     ) -> None:
         self.tenant = tenant
         self.projection = projection
+        self._naming = getattr(projection, "naming", None)
         self._apply_all = getattr(projection, "apply_all", None) or partial(apply_each, projection)
         self.store = store
         self.committed: Committed | None = None
@@ -132,15 +133,15 @@ class TenantFold:
         It waits only where something is not: then what all the rest need is read at once.
         """
         entities, of, untouched = self._entities, self._subjects.of, self._subjects.untouched
-        names_of = self.projection.names
+        names_of, naming = self.projection.names, self._naming
         names: dict[str, None] = {STATE: None}
         absent: set[str] = set()
         subjects: list[Entry | None] = []
         for entry in entries:
-            subject, first = None, False
-            kind = entry.raw_fields[1]
+            fields, subject, first = entry.raw_fields, None, False
+            kind = fields[1]
             if kind == DECISION:
-                untouched[entry.raw_fields[3]] = entry
+                untouched[fields[3]] = entry
             elif kind in FOLLOW_UPS:
                 found = of(entry)
                 if found is None:
@@ -149,6 +150,8 @@ class TenantFold:
                     assert found is not None
                 subject, first = found
             subjects.append(subject)
+            if naming is not None and kind not in naming:
+                continue
             try:
                 named = names_of(entry)
             except Exception as error:  # noqa: BLE001 - a defect is raised again

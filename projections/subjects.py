@@ -50,9 +50,9 @@ class Subjects:
         if decision_id is None:
             return None, False
         key = decision_id.encode()
-        subject = self.untouched.pop(key, None)
-        if subject is not None:
-            self._touched[key] = subject
+        untouched = self.untouched
+        if key in untouched:
+            subject = self._touched[key] = untouched.pop(key)
             return subject, True
         subject = self._touched.get(key)
         if subject is not None:

@@ -28,11 +28,11 @@ __all__ = [
     "WINDOWS",
     "Moment",
     "Ring",
-    "claim",
     "live_slots",
     "moment",
     "moment_of_ms",
     "new_ring",
+    "slot",
     "slots",
     "time_text",
 ]
@@ -144,10 +144,12 @@ def new_ring(length: int) -> Ring:
     return [None] * length
 
 
-def claim(ring: Ring, place: int, bucket: int) -> list[int]:
-    """The slot at the place, emptied for another bucket."""
-    slot = ring[place] = [*_EMPTY, bucket]
-    return slot
+def slot(ring: Ring, place: int, bucket: int) -> list[int]:
+    """The slot at the place, emptied if another bucket was counted there."""
+    found = ring[place]
+    if found is None or found[BUCKET] != bucket:
+        found = ring[place] = [*_EMPTY, bucket]
+    return found
 
 
 def slots(minutes: Ring | None, hours: Ring, at: Moment, newest_ms: int) -> list[list[int]]:
@@ -155,15 +157,10 @@ def slots(minutes: Ring | None, hours: Ring, at: Moment, newest_ms: int) -> list
     _, minute, minute_place, hour, hour_place = at
     found = []
     if minutes is not None and newest_ms // MINUTE_MS - minute < MINUTE_SLOTS:
-        found.append(_slot(minutes, minute_place, minute))
+        found.append(slot(minutes, minute_place, minute))
     if newest_ms // HOUR_MS - hour < HOUR_SLOTS:
-        found.append(_slot(hours, hour_place, hour))
+        found.append(slot(hours, hour_place, hour))
     return found
-
-
-def _slot(ring: Ring, place: int, bucket: int) -> list[int]:
-    slot = ring[place]
-    return slot if slot and slot[BUCKET] == bucket else claim(ring, place, bucket)
 
 
 def live_slots(ring: Ring, newest_bucket: int, span: int) -> list[list[int]]:
