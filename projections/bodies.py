@@ -297,8 +297,8 @@ def read(entry: Entry) -> Any:
     if body is None:
         fields = entry.raw_fields
         data, decode = fields[5], _DECODE.get(fields[1])
-        sure = decode is not None and fields[3].isascii()
-        if sure and (len(data) <= _SHALLOW_BYTES or not _may_be_deep(data)):
+        shallow = len(data) <= _SHALLOW_BYTES or not _may_be_deep(data)
+        if decode is not None and shallow and fields[3].isascii():
             try:
                 body = entry.memo = decode(data)
             except (msgspec.DecodeError, UnicodeDecodeError):
@@ -322,7 +322,7 @@ def _read_slowly(entry: Entry) -> Any:
     schema = BODIES.get(kind, Unknown)
     known = {name: value for name, value in entry.event.items() if name in schema.__struct_fields__}
     try:
-        body = msgspec.json.decode(orjson.dumps(known), type=schema)
+        body: Any = msgspec.json.decode(orjson.dumps(known), type=schema)
     except (msgspec.DecodeError, orjson.JSONEncodeError) as error:
         raise Unfoldable(f"{kind!a:.80}: {error!s:.200}") from None
     if body.type != kind:

@@ -58,7 +58,7 @@ def decided_at(entry: Entry, body: Decision) -> Moment:
 # counting in two cells: so it is long, and looks up itself what is known.
 
 
-def decision_counter(state: State) -> Callable[[Entry, Decision], None]:  # noqa: C901
+def decision_counter(state: State) -> Callable[[Entry, Decision], None]:  # noqa: C901, PLR0915
     """What counts decisions in every cell of the state that they belong to.
 
     It raises Unfoldable where a time is none, or `at` lies ahead of the ledger's time.
@@ -69,7 +69,7 @@ def decision_counter(state: State) -> Callable[[Entry, Decision], None]:  # noqa
 
     last_minute, in_minute, in_hour = None, [], []
 
-    def count(entry: Entry, body: Decision) -> None:  # noqa: C901, PLR0912
+    def count(entry: Entry, body: Decision) -> None:  # noqa: C901, PLR0912, PLR0915
         nonlocal last_minute, in_minute, in_hour
         text = body.at
         if text is None or body.expires_at is not None:

@@ -99,7 +99,7 @@ def fold_follow_up(
             does not say what would be correct.
     """
     kind = type(body)
-    if kind is Feedback:
+    if isinstance(body, Feedback):
         _check_feedback(body)
     at = moment_of_ms(entry.recorded_ms) if body.at is None else moment(body.at)
     if at[0] > state["newest_ms"]:
@@ -111,7 +111,7 @@ def fold_follow_up(
         if type(decision) is not Decision or state["events"] != entry.seq - 1:
             decision = _folded(state, entry, subject)
     if decision is None:
-        state["orphans"][body.type] += 1
+        state["orphans"][entry.type] += 1
         return
     name = DECISION_PREFIX + body.decision_id
     followed = entities.get(name)
@@ -250,7 +250,7 @@ def _precedent_key(action: Action, args_hash: str) -> str:
 # -- overrides ------------------------------------------------------------------------------------
 
 
-def _count_override(
+def _count_override(  # noqa: PLR0917 - as all counters are called
     state: State,
     entry: Entry,
     at: Moment,
