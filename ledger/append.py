@@ -156,7 +156,7 @@ class Appender:
     def __init__(self, server: Server, durability: Durability | None = None) -> None:
         self.server = server
         self.durability = durability
-        self._lanes: dict[str, _Lane] = {}
+        self._lanes: dict[tuple[str, bool], _Lane] = {}
         self._feed = _Feed(server)
 
     def put(
@@ -168,14 +168,17 @@ class Appender:
     ) -> asyncio.Future[list[Receipt]]:
         """Receipts in the order of `events`; all are recorded, or none.
 
-        What is put first is recorded first, unless it is refused.
+        What is put first is recorded first, unless it is refused or waits for a replica.
         """
         encoded = prepare(tenant, events, expected_seq)
-        lane = self._lanes.get(tenant)
+        level = durability or self.durability
+        # Who waits for a replica holds up his own kind alone.
+        at = (tenant, level is Durability.REPLICATED)
+        lane = self._lanes.get(at)
         if lane is None:
-            lane = self._lanes[tenant] = _Lane(self.server, tenant, self._feed)
+            lane = self._lanes[at] = _Lane(self.server, tenant, self._feed)
         done: asyncio.Future[list[Receipt]] = asyncio.get_running_loop().create_future()
-        lane.put(_Group(encoded, expected_seq, durability or self.durability, done))
+        lane.put(_Group(encoded, expected_seq, level, done))
         return done
 
     async def aclose(self) -> None:
@@ -185,12 +188,13 @@ class Appender:
 
 
 class _Call(NamedTuple):
-    """A call that goes the slow way; `reply` is its answer where only the node is in doubt, `lost`
-    what became of its first attempt.
+    """A call that goes the slow way. `reply` is its answer where only the node is in doubt, of
+    which `settings` were known; `lost` is what became of its first attempt.
     """
 
     groups: list[_Group]
     reply: list[Any] | None = None
+    settings: NodeSettings | None = None
     lost: Exception | None = None
 
 
@@ -218,6 +222,9 @@ class _Lane:
         self._flush_comes = False
         self._quiet = asyncio.Event()
         self._gathers = False  # whether the last call carried several groups
+        # Until a call was answered the tenant or the library may be missing, and the call repeated:
+        # another one must not overtake it.
+        self._met = False
         self._on = (keys.decisions(tenant), keys.head(tenant), keys.index(tenant))
         head: list[bytes | str | int] = ["govledger_append", b"3", *self._on, LIBRARY_VERSION]
         self._call_head = pack("FCALL", *head).split(b"\r\n", 1)[1]
@@ -248,13 +255,15 @@ class _Lane:
         """A second call while one is in flight pays only with a load worth an fsync of its own."""
         self._flush_comes = False
         while self._waiting and not self._slow_task and self._in_flight < CALLS_IN_FLIGHT:
-            if self._in_flight and self._waiting_events < SECOND_CALL_EVENTS:
+            if self._in_flight and (not self._met or self._waiting_events < SECOND_CALL_EVENTS):
                 return
             groups = self._take()
-            if not self._send_fast(groups):
+            if groups and not self._send_fast(groups):
                 self._send_slow(_Call(groups))
-        if not (self._waiting or self._in_flight or self._slow_task):
-            self._quiet.set()
+        if not self._in_flight:
+            self._give_back()
+            if not (self._waiting or self._slow_task):
+                self._quiet.set()
 
     def _take(self) -> list[_Group]:
         """The next call's load: half of all that is on its way, so that one call is executed while
@@ -262,6 +271,10 @@ class _Lane:
         """
         half = (self._waiting_events + self._events_in_flight + 1) // 2
         limit = min(half, GATHER_EVENTS) if half >= SECOND_CALL_EVENTS else GATHER_EVENTS
+        while self._waiting and self._waiting[0].done.cancelled():
+            self._waiting_events -= len(self._waiting.popleft().events)
+        if not self._waiting:
+            return []
         first = self._waiting.popleft()
         groups, events, size = [first], len(first.events), first.bytes
         while self._waiting:
@@ -283,6 +296,8 @@ class _Lane:
         settings = self._server.known_settings(stream)
         if settings is None or wanted is Durability.REPLICATED or self._unsafe(settings, wanted):
             return False
+        if self._lease and self._lease[1].closed and not self._in_flight:
+            self._give_back()
         if self._lease is None:
             self._lease = self._server.lease(stream)
         if self._lease is None or self._lease[1].closed:
@@ -305,65 +320,70 @@ class _Lane:
         self._in_flight -= 1
         self._events_in_flight -= sum([len(group.events) for group in groups])
         reply = replies[0] if replies else None
-        if isinstance(reply, list) and generation == self._server.generation:
-            self._settle(groups, reply, _reached(settings, None), groups[0].durability, None)
-        elif isinstance(reply, list):  # it may have been another node that answered
-            self._send_slow(_Call(groups, reply=reply))
-        elif reply is None or self._is_worth_another_call(reply):
-            self._send_slow(_Call(groups, lost=error))
-        else:
-            _fail(groups, self._whole_refusal(reply))
-        if not self._in_flight and self._lease and (self._slow_task or not self._waiting):
-            node, wire = self._lease
-            self._lease = None
-            node.give(wire)
-        if self._gathers:
+        try:
+            if isinstance(reply, list) and generation == self._server.generation:
+                self._met = True
+                self._settle(groups, reply, _reached(settings, None), groups[0].durability, None)
+            elif isinstance(reply, list):  # it may have been another node that answered
+                self._send_slow(_Call(groups, reply=reply, settings=settings))
+            elif reply is None or self._server.is_retryable(reply):
+                self._send_slow(_Call(groups, lost=reply or error))
+            elif library_is_old(reply) or str(reply).startswith("LEDGERUNREGISTERED"):
+                self._send_slow(_Call(groups))
+            else:
+                _fail(groups, self._whole_refusal(reply))
+        except Exception as odd:  # noqa: BLE001 - the callers get it; nobody else would
+            _fail(groups, odd)
+        if self._gathers and not self._slow_task:
             self._flush_soon()
         else:
             self._flush()
 
-    # -- the other way ------------------------------------------------------------------------
+    def _give_back(self) -> None:
+        if self._lease:
+            node, wire = self._lease
+            self._lease = None
+            node.give(wire)
 
-    def _is_worth_another_call(self, reply: Exception) -> bool:
-        if library_is_old(reply) or str(reply).startswith("LEDGERUNREGISTERED"):
-            return True
-        return self._server.is_retryable(reply)
+    # -- the other way ------------------------------------------------------------------------
 
     def _send_slow(self, call: _Call) -> None:
         self._slow.append(call)
         if self._slow_task is None:
             self._slow_task = asyncio.get_running_loop().create_task(self._run_slow())
+            self._slow_task.add_done_callback(self._slow_ended)
 
     async def _run_slow(self) -> None:
-        try:
-            while self._slow:
-                call = self._slow.popleft()
-                try:
-                    await self._finish(call)
-                except Exception as error:  # noqa: BLE001 - the callers get it
-                    _fail(call.groups, error)
-                except BaseException as error:
-                    rest = [group for one in self._slow for group in one.groups]
-                    _fail([*call.groups, *rest, *self._waiting], error)
-                    self._slow.clear()
-                    self._waiting.clear()
-                    self._waiting_events = 0
-                    raise
-        finally:
-            self._slow_task = None
-            self._flush()
+        while self._slow:
+            call = self._slow[0]
+            try:
+                await self._finish(call)
+                self._met = True
+            except Exception as error:  # noqa: BLE001 - the callers get it
+                _fail(call.groups, error)
+            self._slow.popleft()
+
+    def _slow_ended(self, task: asyncio.Task[None]) -> None:
+        """Here and not in the task: one that is cancelled before its first step runs nothing."""
+        self._slow_task = None
+        if self._slow:  # it was cancelled
+            error = asyncio.CancelledError() if task.cancelled() else task.exception()
+            assert error is not None
+            _fail([group for call in self._slow for group in call.groups], error)
+            self._slow.clear()
+        self._flush()
 
     async def _finish(self, call: _Call) -> None:
-        if call.reply is not None:
-            settings = await self._server.node_settings(self._on[0], anew=True)
-            reached = _reached(settings, None)
+        if call.reply is not None and call.settings is not None:
+            anew = await self._server.node_settings(self._on[0], anew=True)
+            reached = min(_reached(call.settings, None), _reached(anew, None), key=_LEVELS.index)
             self._settle(call.groups, call.reply, reached, call.groups[0].durability, None)
             return
         if call.lost is not None:
             await self._server.recover(call.lost)
-        await self._send(call.groups)
+        await self._send(call.groups, tried=0 if call.lost is None else 1)
 
-    async def _send(self, groups: list[_Group]) -> None:
+    async def _send(self, groups: list[_Group], *, tried: int) -> None:
         wanted = groups[0].durability
         stream = self._on[0]
         last, settings = self._server.last_settings(stream), self._server.known_settings(stream)
@@ -373,7 +393,9 @@ class _Lane:
         if settings is not None:
             self._refuse_unsafe(settings, wanted)
         generation = self._server.generation
-        reply, replicas, later = await self._call(groups, wanted, stale=stale, registered=False)
+        reply, replicas, later = await self._call(
+            groups, wanted, stale=stale, registered=False, tried=tried
+        )
         if self._server.generation != generation:  # it may have been another node that answered
             later = await self._server.node_settings(stream, anew=True)
         settings = later or settings or NodeSettings()
@@ -401,14 +423,20 @@ class _Lane:
             raise _not_fsynced(self._server.address, settings)
 
     async def _call(
-        self, groups: list[_Group], wanted: Durability | None, *, stale: bool, registered: bool
+        self,
+        groups: list[_Group],
+        wanted: Durability | None,
+        *,
+        stale: bool,
+        registered: bool,
+        tried: int = 0,
     ) -> tuple[list[Any], int | None, NodeSettings | None]:
         """One function call; behind it on the same connection what tells how durable it is."""
         packed = self._packed(groups, wanted, registered=registered)
         behind = [pack("WAIT", 1, WAIT_TIMEOUT_MS)] if wanted is Durability.REPLICATED else []
         behind += self._server.SETTINGS_COMMANDS if stale else ()
         replies = await self._server.exchange_function(
-            self._on[0], [*packed, *behind], 1 + len(behind)
+            self._on[0], [*packed, *behind], 1 + len(behind), tried=tried
         )
         if isinstance(replies[0], Exception):
             if not registered and str(replies[0]).startswith("LEDGERUNREGISTERED"):

@@ -104,6 +104,7 @@ class Server:
         self._cluster_pools: dict[str, Pool] = {}
         self._node_settings: dict[str, tuple[int, NodeSettings]] = {}
         self._sentinels: list[Redis] = []
+        self._primary_at: tuple[Any, Any] | None = None
         self._closed = False
         self.generation = 0
         """Grows with each connection that broke or opened: it may lead to another node."""
@@ -134,7 +135,7 @@ class Server:
         """Closes every connection and, for an embedded server, leaves it to its other users."""
         self._closed = True
         for one in self._pools():
-            await one.aclose()
+            one.close()
         if self._cluster:
             await self._cluster.aclose()
         for sentinel in self._sentinels:
@@ -155,7 +156,7 @@ class Server:
         self._primary = Pool(primary.make_connection)
         # Asked whatever the scheme: who cannot get in is to learn it here.
         if await self._is_cluster() and scheme in ("redis", "rediss"):
-            await self._primary.aclose()
+            self._primary.close()
             self._primary = None
             self._cluster = cluster_client(url, self.settings)
             await self._cluster_topology()
@@ -192,9 +193,11 @@ class Server:
         (reply,) = await self.exchange_function(on[0], packed, 1)
         return self.checked(reply)
 
-    async def exchange_function(self, key: str, packed: list[bytes], replies: int) -> list[Reply]:
+    async def exchange_function(
+        self, key: str, packed: list[bytes], replies: int, *, tried: int = 0
+    ) -> list[Reply]:
         """`exchange` whose first reply is a function's; retried once the library is there."""
-        got = await self.exchange(key, packed, replies)
+        got = await self.exchange(key, packed, replies, tried=tried)
         if isinstance(got[0], redis_errors.ResponseError) and library_is_old(got[0]):
             await self.load_library(key)
             got = await self.exchange(key, packed, replies)
@@ -211,7 +214,9 @@ class Server:
             Unavailable: nothing is to be tried again.
         """
         if self.settings.memory_max_reconnect_attempts == 0:
-            raise translate(error, self.address) from error
+            named = self._worth_another_attempt(error) or translate(error, self.address)
+            named.facts["attempts"] = 1
+            raise named from error
         await self._recover(0)
 
     def checked(self, reply: Reply) -> Reply:
@@ -221,13 +226,20 @@ class Server:
         return reply
 
     async def exchange(
-        self, key: str, packed: list[bytes], replies: int, *, timeout_s: float = REPLY_TIMEOUT_S
+        self,
+        key: str,
+        packed: list[bytes],
+        replies: int,
+        *,
+        timeout_s: float = REPLY_TIMEOUT_S,
+        tried: int = 0,
     ) -> list[Reply]:
         """Sends `packed` and reads `replies` replies, error replies among them as values.
 
         What breaks is tried again up to MEMORY_MAX_RECONNECT_ATTEMPTS times, with full jitter
         between 0 and a doubling bound of 50 ms to 2 s (the first time at once: an idle connection
-        may just be stale). So send only what may be executed twice.
+        may just be stale). So send only what may be executed twice. `tried`: attempts that were
+        made elsewhere, and count.
 
         Raises:
             Unavailable: the attempts ran out, or trying again would not help.
@@ -235,7 +247,7 @@ class Server:
         if self._closed:
             raise errors.ServerUnreachable(f"{self.address}: this connection was closed")
         attempts = self.settings.memory_max_reconnect_attempts
-        for attempt in range(attempts + 1):
+        for attempt in range(tried, attempts + 1):
             try:
                 return await self._exchange_once(key, packed, replies, timeout_s)
             except _RETRYABLE as error:
@@ -310,6 +322,11 @@ class Server:
         async with asyncio.timeout(timeout_s):
             wire = await node.open()
         self.generation += 1
+        if self._sentinels:
+            # Idle connections still lead to the primary of before, which may not know it yet.
+            if self._primary_at not in (None, wire.address):
+                node.renew(keep=wire)
+            self._primary_at = wire.address
         return wire
 
     def lease(self, key: str) -> tuple[Pool, Wire] | None:
@@ -358,7 +375,7 @@ class Server:
                 await asyncio.to_thread(self.embedded.ensure_running)
             # Where one connection broke the idle ones may be stale too: each would cost an attempt.
             for one in self._pools():
-                await one.drop_idle()
+                one.drop_idle()
             if self._cluster:
                 await self._cluster_topology()
         except errors.Unavailable as error:

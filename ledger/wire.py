@@ -50,6 +50,11 @@ class Wire(asyncio.Protocol):
         self._watch: asyncio.TimerHandle | None = None
         self._transport.set_protocol(self)
         self._transport.resume_reading()
+        self.address = (getattr(connection, "host", None), getattr(connection, "port", None))
+        """Host and port that redis-py connected to; None for a socket in the file system."""
+        reader = connection._reader  # noqa: SLF001 - as above
+        if self._transport.is_closing() or (reader is not None and reader.at_eof()):
+            self.abort()  # it ended before it was ours, and nobody would tell us
 
     @property
     def busy(self) -> bool:
@@ -61,6 +66,10 @@ class Wire(asyncio.Protocol):
 
         After `timeout_s` without the replies the connection is given up, with all that is asked.
         """
+        if self.closed:
+            error = redis_errors.ConnectionError("the connection is closed")
+            self._loop.call_soon(answered, None, error)
+            return
         deadline_s = self._loop.time() + timeout_s
         self._asked.append((replies, answered, deadline_s))
         if self._watch is None or deadline_s < self._watch.when():
@@ -85,10 +94,9 @@ class Wire(asyncio.Protocol):
         self._transport.abort()
         self._ended(error)
 
-    async def aclose(self) -> None:
-        """Closes; returns when it is closed."""
+    def close(self) -> None:
+        """Closes; what is asked gets an error."""
         self._ended(None)
-        await self._connection.disconnect()
 
     # -- asyncio.Protocol ---------------------------------------------------------------------
 
@@ -104,7 +112,7 @@ class Wire(asyncio.Protocol):
                 if self._asked and len(self._replies) == self._asked[0][0]:
                     _, answered, _ = self._asked.popleft()
                     got, self._replies = self._replies, []
-                    answered(got, None)
+                    _tell(answered, got, None)
         except redis_errors.InvalidResponse as error:
             self.abort(error)
         if self._replies and not self._asked:
@@ -124,7 +132,7 @@ class Wire(asyncio.Protocol):
         self._connection._close()  # type: ignore[no-untyped-call]  # noqa: SLF001 - it does not wait
         error = error or redis_errors.ConnectionError("Connection closed by server.")
         while self._asked:
-            self._asked.popleft()[1](None, error)
+            _tell(self._asked.popleft()[1], None, error)
 
     # -- one timer for all that is asked --------------------------------------------------------
 
@@ -142,6 +150,14 @@ class Wire(asyncio.Protocol):
             self._watch_until(deadline_s)
         else:
             self.abort(redis_errors.TimeoutError("Timeout: no reply in time"))
+
+
+def _tell(answered: Answered, replies: list[Any] | None, error: Exception | None) -> None:
+    """A defect of one who asked must not reach the connection, or the others."""
+    try:
+        answered(replies, error)
+    except Exception:  # noqa: BLE001 - logged
+        _log.exception("a defect where a reply was awaited")
 
 
 def _settle(
@@ -163,6 +179,8 @@ class Pool:
         """`make`: a connection of redis-py's, not opened yet."""
         self._make = make
         self._idle: list[Wire] = []
+        self._lent: set[Wire] = set()
+        self._outdated: set[Wire] = set()
         self._closed = False
 
     def take(self) -> Wire | None:
@@ -170,6 +188,7 @@ class Pool:
         while self._idle:
             wire = self._idle.pop()
             if not wire.closed:
+                self._lent.add(wire)
                 return wire
         return None
 
@@ -181,21 +200,30 @@ class Pool:
         except BaseException:
             await connection.disconnect(nowait=True)
             raise
-        return Wire(connection)
+        wire = Wire(connection)
+        self._lent.add(wire)
+        return wire
 
     def give(self, wire: Wire) -> None:
         """Takes a connection back."""
-        if self._closed or wire.busy:
+        self._lent.discard(wire)
+        if self._closed or wire.busy or wire in self._outdated:
+            self._outdated.discard(wire)
             wire.abort()
         elif not wire.closed:
             self._idle.append(wire)
 
-    async def drop_idle(self) -> None:
+    def renew(self, *, keep: Wire) -> None:
+        """The address leads elsewhere now: closes what was opened before, or when it comes back."""
+        self._outdated = self._lent - {keep}
+        self.drop_idle()
+
+    def drop_idle(self) -> None:
         """Closes those that nobody uses now."""
         while self._idle:
-            await self._idle.pop().aclose()
+            self._idle.pop().close()
 
-    async def aclose(self) -> None:
+    def close(self) -> None:
         """Closes those that nobody uses now, and the others when they come back."""
         self._closed = True
-        await self.drop_idle()
+        self.drop_idle()

@@ -367,7 +367,7 @@ async def test_a_receipt_after_a_failover_speaks_of_the_new_node(fresh_server, m
         again = await book.append("t", decision("second"))
         assert {first.durability, again.durability} == {Durability.FSYNCED}
         if not idle:
-            await book.server._primary.drop_idle()
+            book.server._primary.drop_idle()
         proxy.lose_reply_to, proxy.takes_over = b"third", after
         third = await book.append("t", decision("third"))
         assert not third.duplicate  # the old node has it too, and is gone
