@@ -390,8 +390,8 @@ async def test_a_lost_reply_without_retries_is_an_error_and_safe_to_repeat(serve
 
 async def test_a_server_that_falls_silent_is_not_waited_for_for_ever(server, tenant, monkeypatch):
     """No reply in time is a broken connection; a late reply is never taken for another's."""
-    monkeypatch.setattr("ledger.server.REPLY_TIMEOUT_S", 0.2)
-    monkeypatch.setattr(Server.exchange, "__kwdefaults__", {"timeout_s": 0.2})
+    monkeypatch.setattr("ledger.append.REPLY_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(Server.exchange, "__kwdefaults__", {"timeout_s": 0.2, "tried": 0})
     async with Proxy(server) as proxy:
         options = Settings(redis_url=proxy.url, memory_max_reconnect_attempts=1)
         async with Ledger.connect(settings=options) as book:
