@@ -12,7 +12,7 @@ from projections.bodies import DECISION, subject_id
 
 __all__ = ["Subjects", "latest"]
 
-KEPT: Final = 512
+KEPT: Final = 1024
 """Decisions that had a follow-up, and as many that had none; up to twice as many of each."""
 
 _Key = TypeVar("_Key")
@@ -54,16 +54,15 @@ class Subjects:
         if key in untouched:
             subject = self._touched[key] = untouched.pop(key)
             return subject, True
-        subject = self._touched.get(key)
-        if subject is not None:
-            return subject, False
+        if key in self._touched:
+            return self._touched[key], False
         if key not in self._looked_up:
             return None
-        subject = self._looked_up[key]
-        if subject is None or subject.seq >= entry.seq:
+        found = self._looked_up[key]
+        if found is None or found.seq >= entry.seq:
             return None, False
-        self._touched[key] = subject
-        return subject, False
+        self._touched[key] = found
+        return found, False
 
     async def look_ahead(self, entries: Iterable[Entry]) -> set[str]:
         """Looks up what the walk's next entries follow and what is not at hand; the ids of the
