@@ -297,20 +297,24 @@ def read(entry: Entry) -> Any:
     if body is None:
         fields = entry.raw_fields
         data, decode = fields[5], _DECODE.get(fields[1])
-        shallow = len(data) <= _SHALLOW_BYTES or not _may_be_deep(data)
-        if decode is not None and shallow and fields[3].isascii():
-            try:
-                body = entry.memo = decode(data)
-            except (msgspec.DecodeError, UnicodeDecodeError):
-                body = entry.memo = _read_slowly(entry)
+        if decode is None or not fields[3].isascii() or _may_be_deep(data):
+            body = _read_slowly(entry)
         else:
-            body = entry.memo = _read_slowly(entry)
+            try:
+                body = decode(data)
+            except (msgspec.DecodeError, UnicodeDecodeError):
+                body = _read_slowly(entry)
+        entry.memo = body
     return body
 
 
 def _may_be_deep(data: bytes) -> bool:
-    """Whether the decoder could meet the interpreter's recursion limit, which is not the data's."""
-    return data.count(b"[") + data.count(b"{") > _DEPTH_LIMIT
+    """Whether the decoder could meet the interpreter's recursion limit, which is not the data's.
+
+    What is nested more than 768 deep has more bytes than this; what has fewer brackets is not so
+    deep. The decoder would then fail or not by how deep its caller's own calls are.
+    """
+    return len(data) > _SHALLOW_BYTES and data.count(b"[") + data.count(b"{") > _DEPTH_LIMIT
 
 
 def _read_slowly(entry: Entry) -> Any:
@@ -319,10 +323,10 @@ def _read_slowly(entry: Entry) -> Any:
     if reason is not None:
         raise Unfoldable(reason)
     kind = entry.type
-    schema = BODIES.get(kind, Unknown)
+    schema: Any = BODIES.get(kind, Unknown)
     known = {name: value for name, value in entry.event.items() if name in schema.__struct_fields__}
     try:
-        body: Any = msgspec.json.decode(orjson.dumps(known), type=schema)
+        body = msgspec.json.decode(orjson.dumps(known), type=schema)
     except (msgspec.DecodeError, orjson.JSONEncodeError) as error:
         raise Unfoldable(f"{kind!a:.80}: {error!s:.200}") from None
     if body.type != kind:

@@ -66,8 +66,9 @@ class Governance:
         self, entities: Entities, entries: Sequence[Entry], subjects: Sequence[Entry | None]
     ) -> dict[int, str]:
         """The same for many entries, and counts those that were refused; by seq, why."""
-        state = entities.setdefault(STATE, {}) or new_state()
-        entities[STATE] = state
+        if STATE not in entities:
+            entities[STATE] = new_state()
+        state = entities[STATE]
         refused = _fold(state, entities, entries, subjects)
         state["quarantined"] += len(refused)
         return refused

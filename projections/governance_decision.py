@@ -19,6 +19,7 @@ from projections.governance_state import (
     advance,
     cell_of,
     clipped,
+    moment_of,
     note_late,
 )
 from projections.windows import (
@@ -27,7 +28,6 @@ from projections.windows import (
     SURELY_LIVE_MS,
     Moment,
     moment,
-    moment_of_ms,
     slot,
     slots,
 )
@@ -51,14 +51,16 @@ def decided_at(entry: Entry, body: Decision) -> Moment:
     """
     if body.expires_at is not None:
         moment(body.expires_at)
-    return moment_of_ms(entry.recorded_ms) if body.at is None else moment(body.at)
+    return moment_of(entry, body)
 
 
 # What the next function returns is most of what a projector does, and a call costs as much as
-# counting in two cells: so it is long, and looks up itself what is known.
+# counting in two cells: so it is long, and looks up itself what others would look up for it.
 
 
-def decision_counter(state: State) -> Callable[[Entry, Decision], None]:  # noqa: C901, PLR0915
+def decision_counter(  # noqa: C901, PLR0915 - see above
+    state: State,
+) -> Callable[[Entry, Decision], None]:
     """What counts decisions in every cell of the state that they belong to.
 
     It raises Unfoldable where a time is none, or `at` lies ahead of the ledger's time.
@@ -66,10 +68,12 @@ def decision_counter(state: State) -> Callable[[Entry, Decision], None]:  # noqa
     minutes, hours, levels = state["minutes"], state["hours"], state["impact_levels"]
     actions, known, windows = state["action_types"], state["policies"], state["policy_windows"]
     latency = state["latency"]
+    # Of the last decision: the slots of a minute stay where they are while it counts.
+    last_minute: int | None = None
+    in_minute: list[int] = []
+    in_hour: list[int] = []
 
-    last_minute, in_minute, in_hour = None, [], []
-
-    def count(entry: Entry, body: Decision) -> None:  # noqa: C901, PLR0912, PLR0915
+    def count(entry: Entry, body: Decision) -> None:  # noqa: C901, PLR0912, PLR0915 - see above
         nonlocal last_minute, in_minute, in_hour
         text = body.at
         if text is None or body.expires_at is not None:
@@ -149,8 +153,9 @@ def keep_recent(state: State, entries: Sequence[Entry], refused: Container[int])
     """Puts the latest of the decisions that were counted into the ring of the last hundred."""
     rows: list[list[Any]] = []
     for entry in reversed(entries):
-        if type(entry.memo) is Decision and entry.seq not in refused:
-            rows.append(_row(entry, entry.memo))
+        body = entry.memo
+        if isinstance(body, Decision) and entry.seq not in refused:
+            rows.append(_row(entry, body))
             if len(rows) == RECENT_LIMIT:
                 break
     recent = state["recent"]

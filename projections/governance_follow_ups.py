@@ -53,12 +53,13 @@ from projections.governance_state import (
     cell_of,
     clipped,
     count_name,
+    moment_of,
     note_late,
     note_overflow,
     shown_name,
 )
 from projections.projection import DECISION_PREFIX, Entities, Unfoldable
-from projections.windows import Moment, moment, moment_of_ms, slots
+from projections.windows import Moment, slots
 
 if TYPE_CHECKING:
     from ledger.stream import Entry
@@ -98,12 +99,13 @@ def fold_follow_up(
         Unfoldable: its `at` is no time or lies ahead of the ledger's, or it is a correction that
             does not say what would be correct.
     """
-    kind = type(body)
-    if isinstance(body, Feedback):
-        _check_feedback(body)
-    at = moment_of_ms(entry.recorded_ms) if body.at is None else moment(body.at)
-    if at[0] > state["newest_ms"]:
-        advance(state, entry, at[0])
+    if isinstance(body, Feedback) and (
+        body.correct_verdict not in _FEEDBACK_COLUMNS[body.feedback]
+    ):
+        raise Unfoldable("feedback.recorded: a correction without `correct_verdict`")
+    ms = moment_of(entry, body)[0]
+    if ms > state["newest_ms"]:
+        advance(state, entry, ms)
     decision = None
     if subject is not None:
         decision = subject.memo
@@ -117,18 +119,18 @@ def fold_follow_up(
     followed = entities.get(name)
     if followed is None:
         followed = {}
-        _COUNT[kind](state, entry, at, decision, followed, body)
+        _COUNT[type(body)](state, decision, followed, body, entry)
         if followed:
             entities[name] = followed
     else:
-        _COUNT[kind](state, entry, at, decision, followed, body)
+        _COUNT[type(body)](state, decision, followed, body, entry)
 
 
 def _folded(state: State, entry: Entry, subject: Entry) -> Decision | None:
     """The subject's body; None where it is no decision, or in quarantine itself."""
     try:
         decision = read(subject)
-        if type(decision) is not Decision:
+        if not isinstance(decision, Decision):
             return None
         if state["events"] == entry.seq - 1:
             return decision
@@ -160,11 +162,10 @@ def _is_pending(followed: Followed, decision: Decision) -> bool:
 
 def _count_vote(
     state: State,
-    _entry: Entry,
-    _at: Moment,
     decision: Decision,
     followed: Followed,
     body: EscalationVoted,
+    _entry: Entry,
 ) -> None:
     if not _is_pending(followed, decision):
         state["conflicts"]["vote_not_pending"] += 1
@@ -189,11 +190,10 @@ def _count_vote(
 
 def _count_resolution(
     state: State,
-    entry: Entry,
-    _at: Moment,
     decision: Decision,
     followed: Followed,
     body: EscalationResolved,
+    entry: Entry,
 ) -> None:
     if not _is_pending(followed, decision):
         state["conflicts"]["resolution_not_pending"] += 1
@@ -250,13 +250,12 @@ def _precedent_key(action: Action, args_hash: str) -> str:
 # -- overrides ------------------------------------------------------------------------------------
 
 
-def _count_override(  # noqa: PLR0917 - as all counters are called
+def _count_override(
     state: State,
-    entry: Entry,
-    at: Moment,
     decision: Decision,
     followed: Followed,
     body: Overridden,
+    entry: Entry,
 ) -> None:
     before, verdict = body.from_verdict, decision.verdict
     if before not in (verdict, followed.get("effective_verdict", verdict)):
@@ -272,7 +271,7 @@ def _count_override(  # noqa: PLR0917 - as all counters are called
     for name in names:
         by_policy[name] = by_policy.get(name, 0) + 1
     if followed["overrides"] == 1:
-        _count_overridden(state, at, decision, names)
+        _count_overridden(state, moment_of(entry, body), decision, names)
     _keep_precedent(state, entry.seq, decision, followed, body.decision_id)
 
 
@@ -299,28 +298,21 @@ def _count_overridden(
 
 def _count_outcome(
     state: State,
-    _entry: Entry,
-    _at: Moment,
     _decision: Decision,
     followed: Followed,
     body: Outcome,
+    _entry: Entry,
 ) -> None:
     state["outcomes"][body.outcome] += 1
     followed["outcome"] = body.outcome
 
 
-def _check_feedback(body: Feedback) -> None:
-    if body.correct_verdict not in _FEEDBACK_COLUMNS[body.feedback]:
-        raise Unfoldable("feedback.recorded: a correction without `correct_verdict`")
-
-
 def _count_feedback(
     state: State,
-    _entry: Entry,
-    _at: Moment,
     decision: Decision,
     followed: Followed,
     body: Feedback,
+    _entry: Entry,
 ) -> None:
     state["feedback_events"] += 1
     key, columns = clipped(body.reviewer), _FEEDBACK_COLUMNS[body.feedback][body.correct_verdict]
@@ -348,7 +340,7 @@ def _count_feedback(
             matrix[WITH_FEEDBACK] += 1
 
 
-_Counter = Callable[[State, "Entry", Moment, Decision, Followed, Any], None]
+_Counter = Callable[[State, Decision, Followed, Any, "Entry"], None]
 
 _COUNT: Final[dict[type[FollowUp], _Counter]] = {
     EscalationVoted: _count_vote,

@@ -27,10 +27,11 @@ from projections.governance_state import (
     advance,
     clipped,
     fits,
+    moment_of,
     note_overflow,
     remember,
 )
-from projections.windows import HOUR_SLOTS, Moment, moment, moment_of_ms, new_ring
+from projections.windows import HOUR_SLOTS, Moment, moment, new_ring
 
 if TYPE_CHECKING:
     from ledger.stream import Entry
@@ -46,7 +47,7 @@ def fold_lifecycle(state: State, entry: Entry, body: Body) -> None:
     """
     if isinstance(body, WaiverGranted) and body.expires_at is not None:
         moment(body.expires_at)
-    at = moment_of_ms(entry.recorded_ms) if body.at is None else moment(body.at)
+    at = moment_of(entry, body)
     advance(state, entry, at[0])
     _NOTE[type(body)](state, entry, at, body)
 

@@ -15,11 +15,15 @@ from projections.windows import (
     MINUTE_SLOTS,
     SURELY_LIVE_MS,
     WINDOWS,
+    Moment,
+    moment,
+    moment_of_ms,
     new_ring,
 )
 
 if TYPE_CHECKING:
     from ledger.stream import Entry
+    from projections.bodies import Body, Decision
 
 __all__ = [
     "CONFLICTS",
@@ -52,6 +56,7 @@ __all__ = [
     "clipped",
     "count_name",
     "fits",
+    "moment_of",
     "new_state",
     "note_late",
     "note_overflow",
@@ -230,6 +235,15 @@ def remember(history: list[Any], row: list[Any]) -> None:
 
 
 # -- event time -----------------------------------------------------------------------------------
+
+
+def moment_of(entry: Entry, body: Body | Decision) -> Moment:
+    """The event's own time; where it has none, the ledger's.
+
+    Raises:
+        Unfoldable: `at` is no time.
+    """
+    return moment_of_ms(entry.recorded_ms) if body.at is None else moment(body.at)
 
 
 def advance(state: State, entry: Entry, ms: int) -> None:

@@ -12,18 +12,16 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import aclosing
-from functools import partial
-from typing import Any, Final
+from typing import Final
 
 from ledger import errors, keys
 from ledger.ledger import Ledger
-from ledger.server import Server, pack
-from ledger.stream import Entry, Head, Walk, head_command, parse_head
-from projections.bodies import DECISION, FOLLOW_UPS, unreadable
+from ledger.server import pack
+from ledger.stream import Head, head_command, parse_head
 from projections.governance import Governance
-from projections.projection import DECISION_PREFIX, STATE, Entities, Projection, Unfoldable
-from projections.store import Committed, FoldStore
-from projections.subjects import Subjects, latest
+from projections.projection import Projection
+from projections.store import FoldStore
+from projections.tenant_fold import TenantFold
 
 __all__ = ["Projector"]
 
@@ -32,234 +30,11 @@ PUBLISH_INTERVAL_S: Final = 0.05
 
 SWEEP_INTERVAL_S: Final = 5.0
 FOLDS_AT_ONCE: Final = 8
-ENTITIES_KEPT: Final = 2048
 HEADS_A_CALL: Final = 1000
 ATTEMPTS: Final = 5
 _log = logging.getLogger("ledger")
 
 Progress = Callable[[str, int], None]
-
-
-class TenantFold:
-    """One tenant's fold of one projection, as far as it is in memory."""
-
-    def __init__(
-        self, server: Server, tenant: str, projection: Projection, store: FoldStore
-    ) -> None:
-        self.tenant = tenant
-        self.projection = projection
-        self._naming = getattr(projection, "naming", None)
-        self._apply_all = getattr(projection, "apply_all", None) or partial(apply_each, projection)
-        self.store = store
-        self.committed: Committed | None = None
-        self.published_at = 0.0
-        self.published_seq = -1
-        self._server = server
-        self._walk: Walk | None = None
-        self._entities: dict[str, dict[str, Any]] = {}
-        self._subjects = Subjects(server, tenant)
-
-    @property
-    def seq(self) -> int:
-        """The last ordinal that is committed."""
-        return self.committed.position.seq if self.committed and self.committed.position else 0
-
-    @property
-    def state(self) -> dict[str, Any]:
-        """The entity `state`."""
-        return self._entities.get(STATE, {})
-
-    @property
-    def is_behind(self) -> bool:
-        """Whether the head that was last seen is past what is folded."""
-        return self._walk is not None and self.seq < self._walk.head.seq
-
-    def forget(self) -> None:
-        """Drops what is in memory: the next fold begins from what is committed."""
-        self.committed = self._walk = None
-        self._entities.clear()
-        self._subjects.forget()
-
-    async def begin(self) -> Walk:
-        """Where the next fold goes on.
-
-        Raises:
-            LedgerRolledBack: the ledger is behind, or other than, what is committed.
-        """
-        if self._walk is None or self.committed is None:
-            self.committed, state = await self.store.committed()
-            self._entities.clear()
-            if state:
-                self._entities[STATE] = state
-            walk = Walk(self._server, self.tenant)
-            if self.committed.position:
-                await walk.start_at(self.committed.position)
-            else:
-                await walk.start_after(0)
-            self._walk = walk
-        else:
-            await self._walk.refresh()
-        return self._walk
-
-    async def fold_page(self, walk: Walk, page: Sequence[Entry]) -> None:
-        """Folds a page and commits it; on any error memory is dropped, and nothing is half done."""
-        try:
-            own = [entry for entry in page if not entry.foreign]
-            changed, quarantined = await self._apply(own)
-            assert self.committed is not None
-            self.committed = await self.store.commit(
-                self.committed, walk.position, changed, quarantined
-            )
-        except BaseException:
-            self.forget()
-            raise
-
-    async def _apply(
-        self, entries: Sequence[Entry]
-    ) -> tuple[dict[str, dict[str, Any]], dict[int, str]]:
-        """The entities that changed, and why which entries could not be folded."""
-        subjects, names = await self._gather(entries)
-        entities = self._entities
-        refused = self._apply_all(entities, entries, subjects)
-        for seq, reason in refused.items():
-            self._name_quarantined(seq, reason)
-        changed = {name: entities[name] for name in names if name in entities}
-        self._trim(entries)
-        return changed, refused
-
-    async def _gather(  # noqa: C901 - one pass over a page is what makes a fold fast
-        self, entries: Sequence[Entry]
-    ) -> tuple[list[Entry | None], dict[str, None]]:
-        """What each entry follows, and what they name; all that there is of it is at hand then.
-
-        It waits only where something is not: then what all the rest need is read at once.
-        """
-        entities, of, untouched = self._entities, self._subjects.of, self._subjects.untouched
-        names_of, naming = self.projection.names, self._naming
-        names: dict[str, None] = {STATE: None}
-        absent: set[str] = set()
-        subjects: list[Entry | None] = []
-        for entry in entries:
-            fields, subject, first = entry.raw_fields, None, False
-            kind = fields[1]
-            if kind == DECISION:
-                untouched[fields[3]] = entry
-            elif kind in FOLLOW_UPS:
-                found = of(entry)
-                if found is None:
-                    absent |= await self._look_ahead(entries, entry)
-                    found = of(entry)
-                    assert found is not None
-                subject, first = found
-            subjects.append(subject)
-            if naming is not None and kind not in naming:
-                continue
-            try:
-                named = names_of(entry)
-            except Exception as error:  # noqa: BLE001 - a defect is raised again
-                named = _unnamed(entry, error)
-            for name in named:
-                if name in names:
-                    continue
-                names[name] = None
-                if name in entities or name in absent:
-                    continue
-                if not name.startswith(DECISION_PREFIX) or not (first or subject is None):
-                    absent |= await self._look_ahead(entries, entry)
-        return subjects, names
-
-    async def _look_ahead(self, page: Sequence[Entry], at: Entry) -> set[str]:
-        """Reads what the rest of a page needs and what is not at hand; what exists nowhere."""
-        entries = page[page.index(at) :]
-        untouched = await self._subjects.look_ahead(entries)
-        new = {DECISION_PREFIX + decision_id for decision_id in untouched}
-        named = set[str]()
-        for entry in entries:
-            try:
-                named.update(self.projection.names(entry))
-            except Exception as error:  # noqa: BLE001 - a defect is raised again
-                _unnamed(entry, error)
-        missing = named - new - self._entities.keys()
-        self._entities |= await self.store.load(missing)
-        return missing - self._entities.keys()
-
-    def _name_quarantined(self, seq: int, reason: str) -> None:
-        fold = f"{self.projection.name}@{self.projection.version}"
-        _log.warning("tenant %s: %s cannot fold seq %d: %s", self.tenant, fold, seq, reason)
-
-    def _trim(self, page: Sequence[Entry]) -> None:
-        """Bounds memory; what is dropped is in Redis."""
-        for entry in page:
-            entry.memo = None
-        self._subjects.trim()
-        state = self._entities.get(STATE)
-        self._entities = latest(self._entities, ENTITIES_KEPT)
-        if state is not None:
-            self._entities[STATE] = state
-
-    async def publish(self, ttl_seconds: int, *, force: bool = False) -> None:
-        """Puts the copy that readers take."""
-        if self.committed is None or self.committed.position is None:
-            return
-        await self.store.publish(self.committed, self.state, ttl_seconds, force=force)
-        if self.published_seq < 0:
-            await self.store.activate()
-        self.published_at, self.published_seq = time.monotonic(), self.seq
-
-
-def apply_each(
-    projection: Projection,
-    entities: Entities,
-    entries: Sequence[Entry],
-    subjects: Sequence[Entry | None],
-) -> dict[int, str]:
-    """Folds entries one after the other, and counts those that cannot be folded; by seq, why.
-
-    Raises:
-        Exception: what a defect in the projection raises.
-    """
-    refused: dict[int, str] = {}
-    for entry, subject in zip(entries, subjects, strict=True):
-        try:
-            projection.apply(entities, entry, subject)
-        except Exception as error:  # noqa: BLE001 - a defect is raised again
-            reason = _reason(projection, entities, entry, subject, error)
-            if reason is not None:
-                refused[entry.seq] = reason
-                projection.quarantined(entities, entry)
-    return refused
-
-
-def _reason(
-    projection: Projection,
-    entities: Entities,
-    entry: Entry,
-    subject: Entry | None,
-    error: Exception,
-) -> str | None:
-    """Why an entry cannot be folded; None where it was, without a decision that is unreadable."""
-    if isinstance(error, Unfoldable):
-        return error.reason
-    reason = unreadable(entry)
-    if reason is None and subject is not None and unreadable(subject) is not None:
-        try:
-            projection.apply(entities, entry, None)
-        except Unfoldable as refusal:
-            reason = refusal.reason
-    elif reason is None:
-        raise error
-    return reason
-
-
-def _unnamed(entry: Entry, error: Exception) -> Sequence[str]:
-    """No names, where an entry cannot be folded: then `apply` raises as `names` did.
-
-    Raises:
-        Exception: `error`, if it is a defect in the projection.
-    """
-    if isinstance(error, Unfoldable) or unreadable(entry) is not None:
-        return ()
-    raise error
 
 
 def _hinted(fields: Sequence[bytes]) -> str | None:

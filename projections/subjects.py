@@ -12,7 +12,7 @@ from projections.bodies import DECISION, subject_id
 
 __all__ = ["Subjects", "latest"]
 
-KEPT: Final = 512
+KEPT: Final = 1024
 """Decisions that had a follow-up, and as many that had none; up to twice as many of each."""
 
 _Key = TypeVar("_Key")

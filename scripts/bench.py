@@ -54,8 +54,8 @@ from ledger.service.appending import append_checked
 from ledger.service.jsonl import Source
 from ledger.service.terminal import spare_gc
 from projections import Governance, Projector, StateReader
-from projections.projector import TenantFold
 from projections.store import FoldStore
+from projections.tenant_fold import TenantFold
 
 TURNS: Final = 5
 PAGE_ENTRIES: Final = 1000
@@ -535,7 +535,7 @@ async def fold(bench: Bench) -> Measured:
         walk = await bench.ledger.walk(tenant)
         async with aclosing(walk.pages()) as pages:
             async for page in pages:
-                await folding._apply(page)  # noqa: SLF001 - the projector's own fold, not committed
+                await folding.apply(page)
                 count += len(page)
         return count / (time.perf_counter() - begin_s)
 
