@@ -136,6 +136,8 @@ class Server:
         self._closed = True
         for one in self._pools():
             one.close()
+        for _ in range(3):  # a socket is closed a turn of the loop later, under TLS two
+            await asyncio.sleep(0)
         if self._cluster:
             await self._cluster.aclose()
         for sentinel in self._sentinels:

@@ -94,10 +94,6 @@ class Wire(asyncio.Protocol):
         self._transport.abort()
         self._ended(error)
 
-    def close(self) -> None:
-        """Closes; what is asked gets an error."""
-        self._ended(None)
-
     # -- asyncio.Protocol ---------------------------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
@@ -221,7 +217,7 @@ class Pool:
     def drop_idle(self) -> None:
         """Closes those that nobody uses now."""
         while self._idle:
-            self._idle.pop().close()
+            self._idle.pop().abort()
 
     def close(self) -> None:
         """Closes those that nobody uses now, and the others when they come back."""

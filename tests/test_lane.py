@@ -143,7 +143,7 @@ async def test_a_new_primary_takes_the_old_ones_connections_away(fresh_server, f
         held = [pool.take() for _ in stale]  # as by others: a new connection is opened
         while not any(wire.address[1] == new.port for wire in pool._idle):
             for wire in list(pool._idle):
-                wire.close()
+                wire.abort()
             await book.server.command("", "PING")
         for wire in held:
             pool.give(wire)
