@@ -56,16 +56,9 @@ if sys.platform != "win32":
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["LINGER_SECONDS", "EmbeddedServer", "Endpoint", "is_running", "server_environment"]
+__all__ = ["LINGER_SECONDS", "EmbeddedServer", "Endpoint", "is_running"]
 
 LINGER_SECONDS = 30.0
-
-# The wheel's server uses glibc's malloc, whose defaults give the buffers of each large call back to
-# the system and take them again: appends cost a quarter more. A variable of the user's own stays.
-_MALLOC_TUNABLES = (
-    "glibc.malloc.tcache_count=1024:glibc.malloc.mxfast=0:glibc.malloc.top_pad=16777216:"
-    "glibc.malloc.trim_threshold=134217728:glibc.malloc.mmap_threshold=8388608"
-)
 
 _SERVER_LOCK = "server.lock"
 _USERS_LOCK = "users.lock"
@@ -528,15 +521,9 @@ def _spawn_detached(argv: list[str], directory: Path, fds: list[int]) -> None:
             stdout=log,
             stderr=log,
             pass_fds=fds,
-            env=server_environment(),
             start_new_session=True,
             umask=0o077,
         )
-
-
-def server_environment() -> dict[str, str]:
-    """The environment that the embedded server is started in."""
-    return {"GLIBC_TUNABLES": _MALLOC_TUNABLES, **os.environ}
 
 
 def _launch(directory: Path, lock_fd: int, port: int | None) -> int:

