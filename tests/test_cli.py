@@ -24,7 +24,8 @@ from ledger import Decision, Ledger, __version__, errors, keys
 from ledger.events import encode, event_types
 from ledger.service import appending, jsonl, terminal
 from ledger.service.appending import append_checked
-from ledger.service.cli import _moment, app
+from ledger.service.cli import app
+from ledger.service.command import moment
 from ledger.service.jsonl import LINE_BYTES_LIMIT, Line, LineSplitter, Source, event_of
 from ledger.service.render import entry_json, entry_text, time_text
 from ledger.stream import Entry
@@ -396,14 +397,14 @@ def test_replay_takes_dates(shipped):
     around = ["--since", day - timedelta(days=1), "--to", day + timedelta(days=1)]
     assert len(run(shipped.url, "replay", shipped.tenant, *around).out.splitlines()) == 700
     assert run(shipped.url, "replay", shipped.tenant, "--since", around[-1]).out == ""
-    since = _moment("2026-03-03", "--since", at_the_end_of_a_day=False)
-    to = _moment("2026-03-03", "--to", at_the_end_of_a_day=True)
+    since = moment("2026-03-03", "--since", at_the_end_of_a_day=False)
+    to = moment("2026-03-03", "--to", at_the_end_of_a_day=True)
     assert since == datetime(2026, 3, 3, tzinfo=UTC)
     assert to == datetime(2026, 3, 3, 23, 59, 59, 999_999, tzinfo=UTC)
-    zoned = _moment("2026-03-03T12:00:00+02:00", "--to", at_the_end_of_a_day=True)
+    zoned = moment("2026-03-03T12:00:00+02:00", "--to", at_the_end_of_a_day=True)
     assert zoned == datetime(2026, 3, 3, 10, tzinfo=UTC)
     with pytest.raises(errors.InvalidInput, match="--since: 'yesterday' is no time"):
-        _moment("yesterday", "--since", at_the_end_of_a_day=False)
+        moment("yesterday", "--since", at_the_end_of_a_day=False)
 
 
 def test_a_reader_that_leaves_is_no_error(shipped):
