@@ -134,7 +134,8 @@ class Incident:
 
     `kind`: foreign (entries `first_id`..`last_id`, which consume `count` ordinals from `seq` on),
     missing (`count` entries gone), recreated (the stream was deleted and made again), moved (its
-    last id or counter was set), headless (the function's own record was lost and rebuilt).
+    last id or counter was set), headless (the function's own record was lost and rebuilt), epoch
+    (an operator accepted that the ledger had been rolled back).
     """
 
     kind: str
@@ -164,6 +165,7 @@ class Incident:
             "missing": "{count} recorded entries are gone from the stream (tail was {last_id})",
             "recreated": "the stream was deleted and made again; {count} entries up to {last_id}",
             "moved": "the stream's last id or counter was moved from {first_id} to {last_id}",
+            "epoch": "a rollback to seq {seq} was accepted; a new epoch began",
             "headless": "governance:head was lost; rebuilt from {count} entries up to {last_id}",
         }
         return told.get(self.kind, self.kind).format(**asdict(self))

@@ -121,9 +121,10 @@ async def test_fold_in_any_pages_is_the_same_bytes(ledger, tenant):
     events.append(Outcome(decision_id="d-never", outcome="failed"))
     await ledger.append_many(tenant, events)
     wholes = []
+    projector = Projector(ledger, [Counter()])
+    fold = projector._fold_of(tenant, projector.projections[0])
     for page_entries in (1000, 7, 1):
-        projector = Projector(ledger, [Counter()])
-        fold = projector._fold_of(tenant, projector.projections[0])
+        fold.forget()
         await fold.store.discard()
         while fold.seq < len(events):
             walk = await fold.begin()
