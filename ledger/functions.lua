@@ -474,8 +474,8 @@ local ENVELOPE_TAIL_BYTES = 600
 local PUBLISHED, OTHER_EPOCH, OVERTAKEN = 1, 2, 0
 
 -- KEYS: the published key. ARGV: protocol, value, now as ISO 8601, epoch, seq, version, metadata, TTL in
--- s (0 = none), then 1 to put it whatever is there. Otherwise nothing that is there is replaced by what
--- is older, nor by what only claims to be the same: that has its TTL renewed.
+-- s (0 = none), then what may be replaced: `older`, `equal` too, or `any`. What is there and equal has its
+-- TTL renewed.
 local function publish(keys, args)
   local refusal = protocol_refusal(args[1])
   if refusal then return refusal end
@@ -483,12 +483,12 @@ local function publish(keys, args)
   if type(tail) ~= 'string' then tail = '' end  -- another type of key: SET replaces it
   local created, epoch, seq, version, more = string.match(tail, ENVELOPE_TAIL)
   local ttl = tonumber(args[8])
-  if created and args[9] ~= '1' then
+  if created and args[9] ~= 'any' then
     if epoch ~= args[4] then return OTHER_EPOCH end
     local ahead = tonumber(seq) - tonumber(args[5])
     local newer = tonumber(version) - tonumber(args[6])
     if ahead > 0 or newer > 0 then return OVERTAKEN end
-    if ahead == 0 and newer == 0 and more == '' then
+    if ahead == 0 and newer == 0 and more == '' and args[9] == 'older' then
       if ttl > 0 then call('EXPIRE', keys[1], ttl) else call('PERSIST', keys[1]) end
       return PUBLISHED
     end

@@ -388,6 +388,10 @@ class Walk:
         """Of the last entry handed out."""
         return Position(self.head.epoch, self.seq, self._cursor)
 
+    @property
+    def _accepting(self) -> str:
+        return f"govledger rebuild {self.tenant} --accept-rollback"
+
     # -- where to begin -----------------------------------------------------------------------
 
     async def start_after(self, seq: int) -> None:
@@ -428,7 +432,7 @@ class Walk:
         if head.epoch != position.epoch or head.seq < position.seq:
             raise errors.LedgerRolledBack(
                 f"tenant {self.tenant}: folded to {position}, its head is now {head.position}",
-                hint=f"if the ledger was restored on purpose: govledger rebuild {self.tenant}",
+                hint=f"find out why it went back; if it was restored on purpose: {self._accepting}",
                 tenant=self.tenant,
             )
         self.head, self.seq, self._cursor = head, position.seq, position.entry_id
@@ -542,7 +546,7 @@ class Walk:
     def _rolled_back(self, head: Head, seen: str) -> errors.LedgerRolledBack:
         return errors.LedgerRolledBack(
             f"tenant {self.tenant}: read to {self.position}, {seen}",
-            hint=f"it was restored meanwhile: begin again, or govledger rebuild {self.tenant}",
+            hint=f"it was restored meanwhile: begin again, or {self._accepting}",
             tenant=self.tenant,
             head_seq=head.seq,
         )

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import aclosing, suppress
@@ -357,13 +358,27 @@ class Projector:
     # -- rebuild ------------------------------------------------------------------------------
 
     async def rebuild(
-        self, tenant: str, name: str = "governance", *, on_progress: Progress | None = None
+        self,
+        tenant: str,
+        name: str = "governance",
+        *,
+        accept_rollback: bool = False,
+        on_progress: Progress | None = None,
     ) -> int:
         """Folds a tenant anew from its first entry, beside the state that readers see, and then
         puts the new one in its place in one step; the entries folded.
 
+        Args:
+            tenant: whose.
+            name: which projection.
+            accept_rollback: where the ledger is behind, or other than, what was folded, take it as
+                it is now: a new epoch begins, and what was folded of the old one is dropped.
+            on_progress: called with the tenant and the entries just folded.
+
         Raises:
             NotFound: nothing is recorded for the tenant, or there is no such projection.
+            LedgerRolledBack: it went back, and nobody accepted that.
+            LeaseHeld: it is being rebuilt already.
         """
         projection = next((one for one in self.projections if one.name == name), None)
         if projection is None:
@@ -371,16 +386,53 @@ class Projector:
             raise errors.NotFound(f"no projection is called {name!r}", hint=f"there is: {known}")
         if not (await self.ledger.head(tenant)).seq:
             raise errors.NotFound(f"tenant {tenant}: nothing is recorded", tenant=tenant)
-        store = FoldStore(self.server, tenant, projection, rebuild=True)
+        live = self._fold_of(tenant, projection)
+        try:
+            await self._check_rollback(live)
+        except errors.LedgerRolledBack:
+            if not accept_rollback:
+                raise
+            await self._begin_epoch(live)
+        store = FoldStore(self.server, tenant, projection, worker=self.worker, rebuild=True)
+        await store.claim()
+        try:
+            return await self._rebuild_beside(live, store, on_progress)
+        finally:
+            await store.release()
+
+    async def _rebuild_beside(
+        self, live: TenantFold, store: FoldStore, on_progress: Progress | None
+    ) -> int:
         await store.discard()
-        fold = TenantFold(self.server, tenant, projection, store)
+        await store.accept_quarantined(await store.quarantined())
+        fold = TenantFold(self.server, live.tenant, live.projection, store)
         fold.published_at = float("inf")  # readers keep the old one until this one is whole
         folded = await self._catch_up(fold, on_progress)
         assert fold.committed is not None
         await store.adopt(fold.committed)
-        self._fold_of(tenant, projection).forget()
+        live.forget()
         published = await store.read_published()
-        head = await self.ledger.head(tenant)
-        ahead = published is not None and published.seq > head.seq  # of a ledger that went back
-        await fold.publish(self._ttl_seconds, force=ahead)
+        head = await self.ledger.head(live.tenant)
+        ahead = published is not None and published.seq > head.seq  # nobody folded that
+        await fold.publish(self._ttl_seconds, replaces="any" if ahead else "equal")
         return folded
+
+    async def _check_rollback(self, live: TenantFold) -> None:
+        """Raises LedgerRolledBack where what is committed cannot be gone on from."""
+        live.forget()
+        walk = await live.begin()
+        async with aclosing(walk.pages()) as pages:
+            async for _ in pages:
+                break  # a walk meets another entry in its place with the first page
+        live.forget()
+
+    async def _begin_epoch(self, live: TenantFold) -> None:
+        """A new epoch, unless the ledger has one that is not what was folded already."""
+        head = await self.ledger.head(live.tenant)
+        committed, _ = await live.store.committed()
+        if committed.position is not None and committed.position.epoch == head.epoch:
+            on = [keys.decisions(live.tenant), keys.head(live.tenant)]
+            new = secrets.token_hex(8)
+            await self.server.function("govledger_begin_epoch", on, head.epoch, new)
+            _log.warning("tenant %s: rollback accepted; epoch %s began", live.tenant, new)
+        live.forget()

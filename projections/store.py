@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 from zlib import crc32
 
 import orjson
@@ -37,6 +37,8 @@ STOPPED: Final = "stopped"
 PINNED: Final = ":pinned"
 _TAIL_BYTES: Final = 400
 _OVERTAKEN, _PUBLISHED, _OTHER_EPOCH = 0, 1, 2
+Replaces = Literal["older", "equal", "any"]
+"""Which published copy may be replaced. One that is older always is; `equal` has the same seq."""
 
 
 class Committed(NamedTuple):
@@ -228,10 +230,10 @@ class FoldStore:
         state: dict[str, Any],
         ttl_seconds: int,
         *,
-        force: bool = False,
+        replaces: Replaces = "older",
         stopped: str | None = None,
     ) -> bool:
-        """Puts the copy that readers take; False where a later one is there already.
+        """Puts the copy that readers take; False where one is there that it may not replace.
 
         A copy of another epoch is replaced once the ledger has been asked whether ours is the one
         that it has.
@@ -255,11 +257,11 @@ class FoldStore:
             ttl_seconds,
         ]
         on = [self._published]
-        answer = await self._server.function("govledger_publish", on, *args, int(force))
+        answer = await self._server.function("govledger_publish", on, *args, replaces)
         if answer == _OTHER_EPOCH:
             head = await read_head(self._server, self.tenant)
             if head.epoch == position.epoch:
-                answer = await self._server.function("govledger_publish", on, *args, 1)
+                answer = await self._server.function("govledger_publish", on, *args, "any")
         return bool(answer == _PUBLISHED)
 
     async def discard(self) -> None:
@@ -272,6 +274,41 @@ class FoldStore:
         pairs = zip(live._all_keys(), self._all_keys(), strict=True)
         on = [key for pair in pairs for key in pair]
         await self._server.function("govledger_adopt", on, committed.token)
+
+    async def claim(self) -> None:
+        """Takes the lease before the first commit does.
+
+        Raises:
+            LeaseHeld: another worker holds it.
+        """
+        ((holder, left_ms),) = await self._server.function(
+            "govledger_lease", [self._lease], self._worker, LEASE_MS
+        )
+        if holder:
+            raise lease_held(self.tenant, self.projection.name, holder.decode(), left_ms)
+
+    async def release(self) -> None:
+        """Gives the lease back, if it is ours."""
+        await self._server.function("govledger_release", [self._lease], self._worker)
+
+    # -- quarantine ---------------------------------------------------------------------------
+
+    async def quarantined(self) -> dict[int, str]:
+        """By seq, why this version could not fold an entry; in order."""
+        prefix = f"{self.projection.name}@{self.projection.version}:"
+        raw = await self._server.command(self._quarantine, "HGETALL", self._quarantine)
+        pairs = raw.items() if isinstance(raw, dict) else zip(raw[::2], raw[1::2], strict=True)
+        named = {field.decode(): reason.decode(errors="replace") for field, reason in pairs}
+        own = {name.removeprefix(prefix): why for name, why in named.items() if prefix in name}
+        return {int(seq): own[seq] for seq in sorted(own, key=int)}
+
+    async def accept_quarantined(self, seqs: Iterable[int]) -> int:
+        """Takes entries off the list, and nothing else: what they meant is in no count."""
+        name, version = self.projection.name, self.projection.version
+        fields = [f"{name}@{version}:{seq}" for seq in seqs]
+        if not fields:
+            return 0
+        return int(await self._server.command(self._quarantine, "HDEL", self._quarantine, *fields))
 
     def _all_keys(self) -> list[str]:
         return [self._key, *(f"{self._key}:{n}" for n in range(BUCKETS))]

@@ -20,7 +20,7 @@ from projections.projection import (
     Projection,
     Unfoldable,
 )
-from projections.store import Committed, FoldStore, Standing
+from projections.store import Committed, FoldStore, Replaces, Standing
 from projections.subjects import Subjects, latest
 
 __all__ = ["TenantFold"]
@@ -65,7 +65,7 @@ class TenantFold:
         self.committed: Committed | None = None
         self.published_at = 0.0
         self._standing: tuple[Standing, float] | None = None
-        self._began: Committed | None = None
+        self._left: Committed | None = None
         self._marked: str | None = None
         self._server = server
         self._walk: Walk | None = None
@@ -89,6 +89,7 @@ class TenantFold:
 
     def forget(self) -> None:
         """Drops what is in memory: the next fold begins from what is committed."""
+        self._left = self.committed or self._left
         self.committed = self._walk = None
         self._entities.clear()
         self._subjects.forget()
@@ -101,7 +102,7 @@ class TenantFold:
         """
         if self._walk is None or self.committed is None:
             self.committed, state = await self.store.committed()
-            self._began, self._marked = self.committed, self.committed.stopped
+            self._left, self._marked = self.committed, self.committed.stopped
             self._entities.clear()
             if state:
                 self._entities[STATE] = state
@@ -226,7 +227,7 @@ class TenantFold:
             self._standing = await self.store.standing(), now
         return self._standing[0]
 
-    async def publish(self, ttl_seconds: int, *, force: bool = False) -> None:
+    async def publish(self, ttl_seconds: int, *, replaces: Replaces = "older") -> None:
         """Puts the copy that readers take, if this is the version that they take. A newer one
         takes over here, when it has caught up; the first one at once.
         """
@@ -235,7 +236,7 @@ class TenantFold:
         standing = await self.standing()
         if standing is Standing.SUPERSEDED or (standing is Standing.NEXT and self.is_behind):
             return
-        await self.store.publish(self.committed, self.state, ttl_seconds, force=force)
+        await self.store.publish(self.committed, self.state, ttl_seconds, replaces=replaces)
         if standing is Standing.NEXT or not self.published_at:
             await self.store.activate()
             self._standing = None
@@ -249,11 +250,15 @@ class TenantFold:
         if self._marked == reason:
             return
         committed, state = await self.store.committed()
-        if committed.position is None or committed != self._began:  # others go on with it
+        if self._left is None or committed.token != self._left.token:  # others go on with it
+            return
+        if committed.position is None:
             return
         await self.store.mark_stopped(reason)
         if await self.standing() is Standing.ACTIVE:
-            await self.store.publish(committed, state, ttl_seconds, force=True, stopped=reason)
+            await self.store.publish(
+                committed, state, ttl_seconds, replaces="equal", stopped=reason
+            )
         self._marked = reason
 
 
