@@ -474,8 +474,8 @@ local ENVELOPE_TAIL_BYTES = 600
 local PUBLISHED, OTHER_EPOCH, OVERTAKEN = 1, 2, 0
 
 -- KEYS: the published key. ARGV: protocol, value, now as ISO 8601, epoch, seq, version, metadata, TTL in
--- s (0 = none), then what may be replaced: `older`, `equal` too, or `any`. What is there and equal has its
--- TTL renewed.
+-- s (0 = none), then what may be replaced: `older`, `equal` too, any of a later version (`pinned`), or
+-- `any`. What is there and equal has its TTL renewed.
 local function publish(keys, args)
   local refusal = protocol_refusal(args[1])
   if refusal then return refusal end
@@ -487,8 +487,9 @@ local function publish(keys, args)
     if epoch ~= args[4] then return OTHER_EPOCH end
     local ahead = tonumber(seq) - tonumber(args[5])
     local newer = tonumber(version) - tonumber(args[6])
-    if ahead > 0 or newer > 0 then return OVERTAKEN end
-    if ahead == 0 and newer == 0 and more == '' and args[9] == 'older' then
+    if newer > 0 and args[9] ~= 'pinned' then return OVERTAKEN end
+    if ahead > 0 and newer <= 0 then return OVERTAKEN end
+    if ahead == 0 and newer == 0 and more == '' and args[9] ~= 'equal' then
       if ttl > 0 then call('EXPIRE', keys[1], ttl) else call('PERSIST', keys[1]) end
       return PUBLISHED
     end

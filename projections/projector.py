@@ -21,9 +21,9 @@ from ledger import errors, keys
 from ledger.ledger import Ledger
 from ledger.server import pack
 from ledger.stream import head_command, parse_head
-from projections.governance import Governance
 from projections.lease import Leases, worker_name
 from projections.projection import Projection
+from projections.registry import configured
 from projections.store import FoldStore, Standing
 from projections.tenant_fold import TenantFold
 
@@ -59,11 +59,10 @@ class Projector:
     """Keeps the state of every tenant folded and published: one worker among any number."""
 
     def __init__(self, ledger: Ledger, projections: Sequence[Projection] = ()) -> None:
-        """`projections`: default `Governance()`."""
+        """`projections`: default ours, and those of GOVLEDGER_PROJECTIONS."""
         self.server = ledger.server
         self.ledger = ledger
-        default: Projection = Governance()
-        self.projections = tuple(projections) or (default,)
+        self.projections = tuple(projections) or configured(self.server.settings)
         self.worker = worker_name()
         self.stopped: dict[str, errors.LedgerError] = {}
         """Tenants that are not folded any more, and why."""
@@ -92,6 +91,22 @@ class Projector:
         key = next((key for key in self._folds if key[0] not in self._busy), None)
         if key is not None:
             del self._folds[key]
+
+    def store(self, tenant: str, name: str) -> FoldStore:
+        """Where a projection's state is kept.
+
+        Raises:
+            InvalidTenant: no tenant can be called so.
+            NotFound: there is no such projection.
+        """
+        return FoldStore(self.server, keys.checked_tenant(tenant), self._projection(name))
+
+    def _projection(self, name: str) -> Projection:
+        projection = next((one for one in self.projections if one.name == name), None)
+        if projection is None:
+            known = ", ".join(one.name for one in self.projections)
+            raise errors.NotFound(f"no projection is called {name!r}", hint=f"there is: {known}")
+        return projection
 
     # -- once ---------------------------------------------------------------------------------
 
@@ -380,10 +395,7 @@ class Projector:
             LedgerRolledBack: it went back, and nobody accepted that.
             LeaseHeld: it is being rebuilt already.
         """
-        projection = next((one for one in self.projections if one.name == name), None)
-        if projection is None:
-            known = ", ".join(one.name for one in self.projections)
-            raise errors.NotFound(f"no projection is called {name!r}", hint=f"there is: {known}")
+        projection = self._projection(name)
         if not (await self.ledger.head(tenant)).seq:
             raise errors.NotFound(f"tenant {tenant}: nothing is recorded", tenant=tenant)
         live = self._fold_of(tenant, projection)

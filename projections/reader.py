@@ -10,8 +10,8 @@ from typing import Final
 from ledger import errors, keys
 from ledger.append import Receipt
 from ledger.ledger import Ledger
-from projections.governance import Governance
 from projections.projection import Projection
+from projections.registry import configured
 from projections.store import FoldStore, PublishedState
 
 __all__ = ["StateReader"]
@@ -24,11 +24,11 @@ class StateReader:
     """Reads published state, and what is committed where the published copy is absent."""
 
     def __init__(self, ledger: Ledger, projections: Sequence[Projection] = ()) -> None:
-        """`projections`: default `Governance()`."""
+        """`projections`: default ours, and those of GOVLEDGER_PROJECTIONS."""
         self._server = ledger.server
         self._ledger = ledger
-        default: Projection = Governance()
-        self._projections = {one.name: one for one in tuple(projections) or (default,)}
+        all_of_them = tuple(projections) or configured(self._server.settings)
+        self._projections = {one.name: one for one in all_of_them}
 
     async def state(
         self,

@@ -37,8 +37,9 @@ STOPPED: Final = "stopped"
 PINNED: Final = ":pinned"
 _TAIL_BYTES: Final = 400
 _OVERTAKEN, _PUBLISHED, _OTHER_EPOCH = 0, 1, 2
-Replaces = Literal["older", "equal", "any"]
-"""Which published copy may be replaced. One that is older always is; `equal` has the same seq."""
+Replaces = Literal["older", "equal", "pinned", "any"]
+"""Which published copy may be replaced beside one that is older: one of the same seq, or of a later
+version than the one that a command pinned."""
 
 
 class Committed(NamedTuple):
@@ -60,11 +61,13 @@ class Standing(StrEnum):
     """What a version of a projection is to readers, and so to those who fold it.
 
     active      the one they take, or the first one
+    pinned      the one they take by command, whatever later one there is
     next        newer than the one they take: it takes over when it has caught up
     superseded  older than the one they take, or newer while an older one is pinned: not folded
     """
 
     ACTIVE = "active"
+    PINNED = "pinned"
     NEXT = "next"
     SUPERSEDED = "superseded"
 
@@ -240,20 +243,13 @@ class FoldStore:
         """
         position = committed.position
         assert position is not None
-        metadata: dict[str, Any] = {
-            "epoch": position.epoch,
-            "position": position.entry_id,
-            "seq": position.seq,
-            "projection": self.projection.name,
-            "version": self.projection.version,
-        } | ({STOPPED: stopped} if stopped else {})
         args: list[bytes | str | int] = [
             encode_entity(self.projection.view(state)),
             iso_ms(time.time_ns() // 1_000_000),
             position.epoch,
             position.seq,
             self.projection.version,
-            orjson.dumps(metadata),
+            self._metadata(position, stopped),
             ttl_seconds,
         ]
         on = [self._published]
@@ -263,6 +259,16 @@ class FoldStore:
             if head.epoch == position.epoch:
                 answer = await self._server.function("govledger_publish", on, *args, "any")
         return bool(answer == _PUBLISHED)
+
+    def _metadata(self, position: Position, stopped: str | None) -> bytes:
+        about: dict[str, Any] = {
+            "epoch": position.epoch,
+            "position": position.entry_id,
+            "seq": position.seq,
+            "projection": self.projection.name,
+            "version": self.projection.version,
+        }
+        return orjson.dumps(about | ({STOPPED: stopped} if stopped else {}))
 
     async def discard(self) -> None:
         """Deletes everything that this store has committed."""
@@ -328,7 +334,7 @@ class FoldStore:
         except ValueError:  # somebody else wrote there
             version = self.projection.version
         if version == self.projection.version:
-            return Standing.ACTIVE
+            return Standing.ACTIVE if pinned is None else Standing.PINNED
         if version > self.projection.version or pinned is not None:
             return Standing.SUPERSEDED
         return Standing.NEXT
@@ -343,6 +349,19 @@ class FoldStore:
         name, version = self.projection.name, self.projection.version
         await self._server.command(self._active, "HSET", self._active, name, version)
 
+    async def pin(self, version: int) -> None:
+        """Makes readers take that version, and keeps a later one from taking over by itself,
+        unless this release folds no later one.
+        """
+        name = self.projection.name
+        set_it = pack("HSET", self._active, name, version)
+        if version < self.projection.version:
+            mark = pack("HSET", self._active, name + PINNED, 1)
+        else:
+            mark = pack("HDEL", self._active, name + PINNED)
+        for reply in await self._server.exchange(self._active, [set_it, mark], 2):
+            self._server.checked(reply)
+
     # -- what stops a fold --------------------------------------------------------------------
 
     async def mark_stopped(self, reason: str | None) -> None:
@@ -352,7 +371,16 @@ class FoldStore:
         else:
             await self._server.command(self._key, "HSET", self._key, STOPPED, reason)
 
-    # -- what a sweep asks --------------------------------------------------------------------
+    # -- what a sweep asks, and who looks ------------------------------------------------------
+
+    def status_commands(self) -> list[tuple[str, bytes]]:
+        """Standing, then position and why it stopped, the lease's holder, and the quarantine."""
+        return [
+            (self._active, self.standing_command()),
+            (self._key, pack("HMGET", self._key, "position", STOPPED)),
+            (self._lease, pack("GET", self._lease)),
+            (self._quarantine, pack("HKEYS", self._quarantine)),
+        ]
 
     def probe(self) -> list[tuple[str, bytes]]:
         """Commands, each with its key, whose replies `is_current` reads: no entity is loaded."""
@@ -372,11 +400,10 @@ class FoldStore:
             return committed is None
         if committed != str(head.position).encode() or self.standing_of(standing) is Standing.NEXT:
             return False
-        if isinstance(tail, Exception) or STOPPED.encode() in tail:  # another type of key
+        if isinstance(tail, Exception):  # another type of key
             return False
-        about = f'"epoch":"{head.epoch}","position":"{head.entry_id}","seq":{head.seq},'
         ageing = ttl == -2 or 0 <= ttl < ttl_seconds // 2
-        return about.encode() in tail and not ageing
+        return bool(tail.endswith(b"%b}" % self._metadata(head.position, None))) and not ageing
 
     async def read_published(self) -> PublishedState | None:
         """The published copy; None where it is absent or not in the envelope's form."""

@@ -236,6 +236,8 @@ class TenantFold:
         standing = await self.standing()
         if standing is Standing.SUPERSEDED or (standing is Standing.NEXT and self.is_behind):
             return
+        if standing is Standing.PINNED and replaces == "older":
+            replaces = "pinned"
         await self.store.publish(self.committed, self.state, ttl_seconds, replaces=replaces)
         if standing is Standing.NEXT or not self.published_at:
             await self.store.activate()
@@ -255,7 +257,7 @@ class TenantFold:
         if committed.position is None:
             return
         await self.store.mark_stopped(reason)
-        if await self.standing() is Standing.ACTIVE:
+        if await self.standing() in (Standing.ACTIVE, Standing.PINNED):
             await self.store.publish(
                 committed, state, ttl_seconds, replaces="equal", stopped=reason
             )
