@@ -14,14 +14,14 @@ share it. Of an 800-byte decision this takes a third of the time that a dict of 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 import msgspec
 import orjson
 from msgspec import Meta, Struct
 
-from projections.projection import Unfoldable
+from projections.projection import Projection, Unfoldable
 
 if TYPE_CHECKING:
     from ledger.stream import Entry
@@ -52,6 +52,7 @@ __all__ = [
     "Unknown",
     "WaiverGranted",
     "WaiverRevoked",
+    "names_of",
     "read",
     "subject_id",
     "unreadable",
@@ -75,6 +76,7 @@ class AgentRef(Struct, gc=False, frozen=True):
     """Who asked to act."""
 
     id: str
+    maci_role: str | None = None
 
 
 class Action(Struct, gc=False, frozen=True, kw_only=True):
@@ -96,6 +98,7 @@ class RuleHit(Struct, gc=False, frozen=True):
     """What a rule that matched meant."""
 
     effect: Literal["match", "warning", "violation"] = "match"
+    severity: str | None = None
 
 
 class Decision(Struct, gc=False, frozen=True, kw_only=True):
@@ -358,3 +361,18 @@ def subject_id(entry: Entry) -> str | None:
         named = None if unreadable(entry) else entry.event.get("decision_id")
         return named if isinstance(named, str) else None
     return decision_id
+
+
+def names_of(projection: Projection, entry: Entry) -> Sequence[str]:
+    """The entities that the projection names for the entry; none where it cannot be read, which
+    the fold says by itself.
+
+    Raises:
+        Exception: what a defect in the projection raises.
+    """
+    try:
+        return projection.names(entry)
+    except Exception as error:
+        if isinstance(error, Unfoldable) or unreadable(entry) is not None:
+            return ()
+        raise

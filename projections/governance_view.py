@@ -36,7 +36,7 @@ from projections.governance_state import (
 )
 from projections.windows import BUCKET, COLUMNS, WINDOWS, Ring, live_slots, time_text
 
-__all__ = ["VIEW_BYTES_LIMIT", "view"]
+__all__ = ["VIEW_BYTES_LIMIT", "rate", "view"]
 
 VIEW_BYTES_LIMIT: Final = 255 * 1024
 """Of the view; the envelope round it takes what is left of 256 KiB."""
@@ -92,19 +92,20 @@ def _view(state: State, shown: int) -> View:
 # -- parts that many sections have ----------------------------------------------------------------
 
 
-def _rate(numerator: int, denominator: int) -> View:
-    rate = numerator / denominator if denominator else None
-    return {"rate": rate, "numerator": numerator, "denominator": denominator}
+def rate(numerator: int, denominator: int) -> View:
+    """A rate beside what it was made of; null over nothing."""
+    value = numerator / denominator if denominator else None
+    return {"rate": value, "numerator": numerator, "denominator": denominator}
 
 
 def _rates(cell: list[int]) -> View:
     decisions = sum(cell[: len(VERDICTS)])
     return {
-        "deny": _rate(cell[VERDICTS.index("deny")], decisions),
-        "escalate": _rate(cell[VERDICTS.index("escalate")], decisions),
-        "warning": _rate(cell[WARNINGS], decisions),
-        "violation": _rate(cell[VIOLATIONS], decisions),
-        "override": _rate(cell[OVERRIDDEN], decisions),
+        "deny": rate(cell[VERDICTS.index("deny")], decisions),
+        "escalate": rate(cell[VERDICTS.index("escalate")], decisions),
+        "warning": rate(cell[WARNINGS], decisions),
+        "violation": rate(cell[VIOLATIONS], decisions),
+        "override": rate(cell[OVERRIDDEN], decisions),
     }
 
 
@@ -373,8 +374,8 @@ def _matrix(matrix: list[int]) -> View:
     tp, fp, tn, fn = matrix[:4]
     return {
         **dict(zip(FEEDBACK, matrix, strict=True)),
-        "false_negative_rate": _rate(fn, fn + tp),
-        "false_positive_rate": _rate(fp, fp + tn),
+        "false_negative_rate": rate(fn, fn + tp),
+        "false_positive_rate": rate(fp, fp + tn),
     }
 
 
@@ -383,7 +384,7 @@ def _feedback(state: State, shown: int) -> View:
     decisions = sum(_total(state)[: len(VERDICTS)])
     return {
         "events": state["feedback_events"],
-        "coverage": _rate(state["feedback"][WITH_FEEDBACK], decisions),
+        "coverage": rate(state["feedback"][WITH_FEEDBACK], decisions),
         "overall": _matrix(state["feedback"]),
         "by_policy": {name: _matrix(matrix) for name, matrix in by_policy.items()},
     }

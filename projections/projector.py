@@ -18,6 +18,7 @@ from ledger import errors, keys
 from ledger.ledger import Ledger
 from ledger.server import pack
 from ledger.stream import Head, head_command, parse_head
+from projections.agents import Agents
 from projections.governance import Governance
 from projections.projection import Projection
 from projections.store import FoldStore
@@ -49,11 +50,11 @@ class Projector:
     """Keeps the state of every tenant folded and published."""
 
     def __init__(self, ledger: Ledger, projections: Sequence[Projection] = ()) -> None:
-        """`projections`: default `Governance()`."""
+        """`projections`: default `Governance()` and `Agents()`."""
         self.server = ledger.server
         self.ledger = ledger
-        default: Projection = Governance()
-        self.projections = tuple(projections) or (default,)
+        default: tuple[Projection, ...] = (Governance(), Agents())
+        self.projections = tuple(projections) or default
         self.stopped: dict[str, errors.LedgerError] = {}
         """Tenants that are not folded any more, and why."""
         self._folds: dict[tuple[str, str], TenantFold] = {}
@@ -69,6 +70,9 @@ class Projector:
             store = FoldStore(self.server, tenant, projection)
             self._folds[key] = TenantFold(self.server, tenant, projection, store)
         return self._folds[key]
+
+    def _folds_of(self, tenant: str) -> list[TenantFold]:
+        return [self._fold_of(tenant, projection) for projection in self.projections]
 
     # -- once ---------------------------------------------------------------------------------
 
@@ -95,11 +99,11 @@ class Projector:
         for tenant in names:
             keys.checked_tenant(tenant)
             try:
-                for projection in self.projections:
-                    fold = self._fold_of(tenant, projection)
-                    count = await self._catch_up(fold, on_progress)
-                    await fold.publish(self._ttl_seconds)
-                    folded[tenant] = folded.get(tenant, 0) + count
+                folds = self._folds_of(tenant)
+                for place, fold in enumerate(folds):
+                    count = await self._catch_up(fold, on_progress, followers=folds[place + 1 :])
+                    await fold.publish(self._ttl_seconds, whole=True)
+                    folded[tenant] = max(folded.get(tenant, 0), count)
             except errors.LedgerError as error:
                 failed.append(error)
                 if len(names) > 1:
@@ -109,9 +113,16 @@ class Projector:
         return folded
 
     async def _catch_up(
-        self, fold: TenantFold, on_progress: Progress | None = None, *, pages: int | None = None
+        self,
+        fold: TenantFold,
+        on_progress: Progress | None = None,
+        *,
+        pages: int | None = None,
+        followers: Sequence[TenantFold] = (),
     ) -> int:
-        """Folds up to the head, at most `pages` pages; the entries folded."""
+        """Folds up to the head, at most `pages` pages; the entries folded. The `followers` fold the
+        same pages, as far as they stand where this one does.
+        """
         folded = 0
         overtaken: errors.CommitConflict | None = None
         for _ in range(ATTEMPTS):
@@ -120,7 +131,7 @@ class Projector:
                 goal = walk.head.seq
                 async with aclosing(walk.pages()) as found:
                     async for page in found:
-                        await fold.fold_page(walk, page)
+                        await fold.fold_page(walk, page, followers)
                         folded += len(page)
                         if on_progress:
                             on_progress(fold.tenant, len(page))
@@ -192,13 +203,14 @@ class Projector:
     async def _fold_fairly(self, tenant: str) -> None:
         """One batch; a tenant with more to fold queues again behind the others."""
         try:
-            for projection in self.projections:
-                fold = self._fold_of(tenant, projection)
+            folds = self._folds_of(tenant)
+            for place, fold in enumerate(folds):
                 wait_s = fold.published_at + PUBLISH_INTERVAL_S - time.monotonic()
                 if wait_s > 0:
                     asyncio.get_running_loop().call_later(wait_s, self._wake, [tenant])
                     return
-                await self._catch_up(fold, pages=1)
+                if not (place and fold.stands_with(folds[0])):
+                    await self._catch_up(fold, pages=1, followers=folds[place + 1 :])
                 await fold.publish(self._ttl_seconds)
                 if fold.is_behind:
                     self._wake([tenant])
@@ -289,5 +301,5 @@ class Projector:
         published = await store.read_published()
         head = await self.ledger.head(tenant)
         ahead = published is not None and published.seq > head.seq  # of a ledger that went back
-        await fold.publish(self._ttl_seconds, force=ahead)
+        await fold.publish(self._ttl_seconds, force=ahead, whole=True)
         return folded

@@ -10,6 +10,7 @@ from typing import Final
 from ledger import errors, keys
 from ledger.append import Receipt
 from ledger.ledger import Ledger
+from projections.agents import Agents
 from projections.governance import Governance
 from projections.projection import Projection
 from projections.store import FoldStore, PublishedState
@@ -24,11 +25,11 @@ class StateReader:
     """Reads published state, and what is committed where the published copy is absent."""
 
     def __init__(self, ledger: Ledger, projections: Sequence[Projection] = ()) -> None:
-        """`projections`: default `Governance()`."""
+        """`projections`: default `Governance()` and `Agents()`."""
         self._server = ledger.server
         self._ledger = ledger
-        default: Projection = Governance()
-        self._projections = {one.name: one for one in tuple(projections) or (default,)}
+        default: tuple[Projection, ...] = (Governance(), Agents())
+        self._projections = {one.name: one for one in tuple(projections) or default}
 
     async def state(
         self,

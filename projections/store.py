@@ -20,7 +20,7 @@ from zlib import crc32
 import orjson
 
 from ledger import errors, keys
-from ledger.server import Server, pack
+from ledger.server import LIBRARY_VERSION, Server, pack
 from ledger.stream import Position, split_id
 from projections.projection import STATE, Entities, Projection
 
@@ -28,6 +28,7 @@ __all__ = ["Committed", "FoldStore", "PublishedState", "encode_entity"]
 
 BUCKETS: Final = 1024
 REBUILD: Final = "rebuild"
+COPIES: Final = "copies"
 
 
 class Committed(NamedTuple):
@@ -191,6 +192,58 @@ class FoldStore:
             int(force),
         )
         return bool(answer)
+
+    # -- entities' copies ---------------------------------------------------------------------
+
+    async def publish_entities(
+        self,
+        committed: Committed,
+        values: Mapping[str, Mapping[str, Any]],
+        ttl_seconds: int,
+        *,
+        force: bool = False,
+    ) -> None:
+        """Puts copies of entities, by their keys, in one round trip; later ones stay."""
+        position = committed.position
+        assert position is not None
+        about = {
+            "epoch": position.epoch,
+            "position": position.entry_id,
+            "seq": position.seq,
+            "projection": self.projection.name,
+            "version": self.projection.version,
+        }
+        name, metadata = "govledger_publish", orjson.dumps(about)
+        now = iso_ms(time.time_ns() // 1_000_000)
+        rest = (now, position.epoch, position.seq, metadata, ttl_seconds, int(force))
+        calls = [(key, (encode_entity(value), *rest)) for key, value in values.items()]
+        packed = [(key, pack("FCALL", name, 1, key, LIBRARY_VERSION, *args)) for key, args in calls]
+        for (key, args), reply in zip(calls, await self._server.exchange_each(packed), strict=True):
+            if isinstance(reply, Exception):  # such as a node without the library: one by one
+                await self._server.function(name, [key], *args)
+
+    async def copies_mark(self, committed: Committed) -> int:
+        """Up to which seq every entity's copy is up to date."""
+        raw = await self._server.command(self._live, "HGET", self._live, COPIES)
+        build, _, seq = (raw or b"").decode(errors="replace").partition(" ")
+        return int(seq) if build == committed.build and seq.isdecimal() else 0
+
+    async def mark_copies(self, committed: Committed, seq: int) -> None:
+        """Says so: of this build, as those of another have other copies."""
+        mark = f"{committed.build} {seq}"
+        await self._server.command(self._live, "HSET", self._live, COPIES, mark)
+
+    async def read_entity(self, name: str) -> tuple[Position | None, dict[str, Any] | None]:
+        """A committed entity, None where there is none, and a position that it is not older than;
+        None where nothing is committed.
+        """
+        key = self._key if name == STATE else self._bucket(name)
+        packed = [pack("HGET", self._key, "position"), pack("HGET", key, name)]
+        replies = await self._server.exchange(self._key, packed, len(packed))
+        position, entity = [self._server.checked(reply) for reply in replies]
+        if position is None:
+            return None, None
+        return Position.parse(position.decode()), orjson.loads(entity) if entity else None
 
     async def discard(self) -> None:
         """Deletes everything that this store has committed."""
