@@ -37,29 +37,24 @@ from projections.bodies import (
     Overridden,
     read,
 )
-from projections.governance_decision import decided_at
+from projections.governance_decision import count_overridden, decided_at, policy_names
 from projections.governance_state import (
     FEEDBACK,
     FUTURE_LIMIT_MS,
     NAMES_LIMIT,
-    OTHER,
-    OVERRIDDEN,
     PRECEDENTS_LIMIT,
     VERDICT_COLUMN,
     VERDICTS,
     WITH_FEEDBACK,
     State,
     advance,
-    cell_of,
     clipped,
     count_name,
     moment_of,
-    note_late,
     note_overflow,
     shown_name,
 )
 from projections.projection import DECISION_PREFIX, Entities, Unfoldable
-from projections.windows import Moment, slots
 
 if TYPE_CHECKING:
     from ledger.stream import Entry
@@ -140,17 +135,10 @@ def _folded(state: State, entry: Entry, subject: Entry) -> Decision | None:
         return None
 
 
-def _policy_names(state: State, decision: Decision) -> list[str]:
+def _shown_policies(state: State, decision: Decision) -> list[str]:
     """The names under which the decision's policies count, each once."""
-    known: dict[str, list[int]] = state["policies"]
-    names: list[str] = []
-    for policy in decision.policies or ():
-        name = policy.id + "@" + policy.version
-        if name not in known:
-            name = OTHER
-        if name not in names:
-            names.append(name)
-    return names
+    names = (shown_name(state, "policies", name) for name in policy_names(decision))
+    return list(dict.fromkeys(names))
 
 
 # -- votes and resolutions ------------------------------------------------------------------------
@@ -266,31 +254,12 @@ def _count_override(
     directions, direction = state["override_directions"], f"{before}→{body.to_verdict}"
     directions[direction] = directions.get(direction, 0) + 1
     count_name(state, "override_reviewers", body.reviewer)
-    names = _policy_names(state, decision)
     by_policy = state["override_policies"]
-    for name in names:
+    for name in _shown_policies(state, decision):
         by_policy[name] = by_policy.get(name, 0) + 1
     if followed["overrides"] == 1:
-        _count_overridden(state, moment_of(entry, body), decision, names)
+        count_overridden(state, moment_of(entry, body), decision)
     _keep_precedent(state, entry.seq, decision, followed, body.decision_id)
-
-
-def _count_overridden(
-    state: State, at: Moment, decision: Decision, policy_names: list[str]
-) -> None:
-    """A decision is overridden once, in the buckets of its first override."""
-    newest_ms, rings = state["newest_ms"], state["policy_windows"]
-    cells = slots(state["minutes"], state["hours"], at, newest_ms)
-    cells.append(state["impact_levels"][decision.impact_level or "unset"])
-    action = shown_name(state, "action_types", decision.action.type)
-    cells.append(cell_of(state, "action_types", action))
-    for name in policy_names:
-        cells.append(cell_of(state, "policies", name))
-        if name in rings:
-            cells += slots(None, rings[name], at, newest_ms)
-    for cell in cells:
-        cell[OVERRIDDEN] += 1
-    note_late(state, at[0], at[1])
 
 
 # -- outcomes and feedback ------------------------------------------------------------------------
@@ -328,7 +297,7 @@ def _count_feedback(
             return
         given[key] = after
     matrices, by_policy = [state["feedback"]], state["feedback_policies"]
-    for name in _policy_names(state, decision):
+    for name in _shown_policies(state, decision):
         if name not in by_policy:
             by_policy[name] = [0] * len(FEEDBACK)
         matrices.append(by_policy[name])

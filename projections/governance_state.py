@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from projections.bodies import Body, Decision
 
 __all__ = [
+    "COMBINATIONS_LIMIT",
+    "COMBINED_POLICIES_LIMIT",
     "CONFLICTS",
     "FEEDBACK",
     "FOLLOW_UP_TYPES",
@@ -105,6 +107,9 @@ LATENCY_BOUNDS_MS: Final = (
 NAMES_LIMIT: Final = 256
 NAME_BYTES_LIMIT: Final = 128
 OTHER: Final = "other"
+COMBINATIONS_LIMIT: Final = 256
+COMBINED_POLICIES_LIMIT: Final = 4
+"""A decision by more policies than this counts in its dimensions alone."""
 RECENT_LIMIT: Final = 100
 HISTORY_LIMIT: Final = 100
 PENDING_LIMIT: Final = 1_000
@@ -127,6 +132,8 @@ def new_state() -> State:
         "impact_levels": {level: [0] * COLUMNS for level in IMPACT_LEVELS},
         "action_types": {},
         "policies": {},
+        "combinations": {level: {} for level in IMPACT_LEVELS},
+        "combinations_kept": 0,
         "effective_change": [0] * len(VERDICTS),
         "latency": [0] * (len(LATENCY_BOUNDS_MS) + 1),
         "recent": [],

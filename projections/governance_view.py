@@ -10,12 +10,13 @@ first kept, and `bounds.names_shown` says how many names a dimension shows at mo
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any, Final
 
 import orjson
 
+from projections.governance_decision import AND
 from projections.governance_state import (
     FEEDBACK,
     IMPACT_LEVELS,
@@ -51,6 +52,7 @@ View = dict[str, Any]
 def view(state: State) -> View:
     """The published value of the entity `state`, which may be empty."""
     state = state or new_state()
+    state = {**state, **_dimensions(state)}
     for shown in _NAMES_SHOWN:
         value = _view(state, shown)
         if len(orjson.dumps(value)) < VIEW_BYTES_LIMIT:
@@ -148,6 +150,55 @@ def _time(ms: int | None) -> str | None:
 # -- decisions and windows ------------------------------------------------------------------------
 
 
+def _dimensions(state: State) -> dict[str, dict[str, list[int]]]:
+    """The cells of each dimension, with what is counted by combination added up."""
+    names = ("impact_levels", "action_types", "policies")
+    levels, actions, policies = (
+        {name: list(cell) for name, cell in state[dimension].items()} for dimension in names
+    )
+    for level, action, of_policies, cell in _combinations(state):
+        _add(levels[level], cell)
+        _add(actions[action], cell)
+        for name in of_policies:
+            _add(policies[name], cell)
+    return {"impact_levels": levels, "action_types": actions, "policies": policies}
+
+
+def _combinations(state: State) -> Iterator[tuple[str, str, list[str], list[int]]]:
+    """Impact level, action type and policies of each combination that is kept, and its cell."""
+    for level, by_action in state["combinations"].items():
+        for action, by_policies in by_action.items():
+            for joined, cell in by_policies.items():
+                yield level, action, joined.split(AND) if joined else [], cell
+
+
+def _add(total: list[int], cell: list[int]) -> None:
+    for column, count in enumerate(cell):
+        total[column] += count
+
+
+def _by_combination(state: State, shown: int) -> View:
+    """A row for each policy, action type and impact level; those that count most, and the rest.
+
+    A decision by several policies counts in a row of each, one by none in a row of null.
+    """
+    rows: dict[tuple[str | None, str, str], list[int]] = {}
+    total, combined = _total(state), [0] * COLUMNS
+    for level, action, policies, cell in _combinations(state):
+        _add(combined, cell)
+        for policy in policies or (None,):
+            _add(rows.setdefault((policy, action, level), [0] * COLUMNS), cell)
+    most = sorted(rows, key=lambda row: (-sum(rows[row][: len(VERDICTS)]), row[0] or "", row[1:]))
+    other = [every - counted for every, counted in zip(total, combined, strict=True)]
+    for row in most[shown:]:
+        _add(other, rows[row])
+    return {
+        "columns": ["policy", "action_type", "impact_level", *_COLUMN_NAMES],
+        "rows": [[*row, *rows[row]] for row in most[:shown]],
+        "other": _cell(other),
+    }
+
+
 def _decisions(state: State, shown: int) -> View:
     total = _total(state)
     verdicts = total[: len(VERDICTS)]
@@ -166,6 +217,7 @@ def _decisions(state: State, shown: int) -> View:
         "by_impact_level": {level: _cell(levels[level]) for level in IMPACT_LEVELS},
         "by_action_type": {name: _cell(cell) for name, cell in actions.items()},
         "by_policy": {name: _cell(cell) for name, cell in policies.items()},
+        "by_policy_action_impact": _by_combination(state, shown),
     }
 
 
