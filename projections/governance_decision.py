@@ -190,26 +190,29 @@ def decision_counter(  # noqa: C901, PLR0915 - see above
             cell = combinations[body.impact_level or "unset"][body.action.type][policy]
         except KeyError:
             cell = None
-        if cell and newest_ms - ms < SURELY_LIVE_MS and (not policies or len(policies) == 1):
-            if minute != last_minute:
-                in_minute = slot(minutes, minute_place, minute)
-                in_hour = slot(hours, hour_place, hour)
-                last_minute = minute
+        if cell is not None and (not policies or len(policies) == 1):
             cell[verdict] += 1
-            in_minute[verdict] += 1
-            in_hour[verdict] += 1
-            of_policy = None
-            if policy in windows:
-                of_policy = slot(windows[policy], hour_place, hour)
-                of_policy[verdict] += 1
+            if newest_ms - ms < SURELY_LIVE_MS:
+                if minute != last_minute:
+                    in_minute = slot(minutes, minute_place, minute)
+                    in_hour = slot(hours, hour_place, hour)
+                    last_minute = minute
+                in_minute[verdict] += 1
+                in_hour[verdict] += 1
+                if policy in windows:
+                    slot(windows[policy], hour_place, hour)[verdict] += 1
+            else:
+                at = ms, minute, minute_place, hour, hour_place
+                for counted in _window_cells(state, [policy], at):
+                    counted[verdict] += 1
             if effects:
-                cells = [cell, in_minute, in_hour]
-                _count_effects(cells if of_policy is None else [*cells, of_policy], effects)
+                at = ms, minute, minute_place, hour, hour_place
+                _count_effects([cell, *_window_cells(state, [policy], at)], effects)
         else:
             names, at = policy_names(body), (ms, minute, minute_place, hour, hour_place)
             cells = [*_cells_of(state, body, names), *_window_cells(state, names, at)]
-            for cell in cells:
-                cell[verdict] += 1
+            for counted in cells:
+                counted[verdict] += 1
             _count_effects(cells, effects)
         if ms < newest_ms:
             note_late(state, ms, minute)

@@ -11,7 +11,7 @@ from typing import Any, Final, NamedTuple
 from ledger import errors
 from ledger.server import Server
 from ledger.stream import Entry, Position, Walk
-from projections.bodies import DECISION, FOLLOW_UPS, names_of, unreadable
+from projections.bodies import DECISION, FOLLOW_UPS, names_of, read_all, unreadable
 from projections.copies import EntityCopies
 from projections.projection import (
     DECISION_PREFIX,
@@ -246,6 +246,7 @@ class TenantFold:
 
         Waits only where a decision is not at hand: then all that the rest need are read at once.
         """
+        read_all(entries)
         kept, first = self._subjects, set[int]()
         subjects: list[Entry | None] = []
         for place, entry in enumerate(entries):
