@@ -59,7 +59,7 @@ from projections.projection import DECISION_PREFIX, Entities, Unfoldable
 if TYPE_CHECKING:
     from ledger.stream import Entry
 
-__all__ = ["fold_follow_up"]
+__all__ = ["Followed", "effective_verdict", "fold_follow_up"]
 
 Followed = dict[str, Any]
 """A decision's entity."""
@@ -119,6 +119,15 @@ def fold_follow_up(
             entities[name] = followed
     else:
         _COUNT[type(body)](state, decision, followed, body, entry)
+
+
+def effective_verdict(verdict: str, followed: Followed | None) -> str:
+    """What counts of a decision, given the engine's verdict and the decision's entity.
+
+    The entity is None where nothing that was folded follows the decision.
+    """
+    effective: str = (followed or {}).get("effective_verdict", verdict)
+    return effective
 
 
 def _folded(state: State, entry: Entry, subject: Entry) -> Decision | None:

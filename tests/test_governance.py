@@ -183,6 +183,54 @@ def test_decision_counts_in_each_dimension_once():
     assert decisions["by_policy"]["q@2"]["deny"] == 1
 
 
+def test_decision_counts_by_policy_action_and_impact_together():
+    """A decision counts in one row for each of its policies, and by none in a row of null."""
+    table = folded(
+        decision("1", "deny", impact_level="high", policies=[policy("p@1"), policy("q@2")]),
+        decision("2", "deny", impact_level="high", policies=[policy("p@1"), policy("q@2")]),
+        decision("3", impact_level="high", policies=[policy("p@1")]),
+        decision("4", policies=[]),
+    ).view["decisions"]["by_policy_action_impact"]
+    rows = {tuple(row[:3]): row[3:5] for row in table["rows"]}
+    assert rows == {
+        ("p@1", "mail.send", "high"): [1, 2],
+        ("q@2", "mail.send", "high"): [0, 2],
+        (None, "mail.send", "unset"): [1, 0],
+    }
+    assert table["columns"][:5] == ["policy", "action_type", "impact_level", "allow", "deny"]
+    assert table["other"]["decisions"] == 0
+
+
+def test_combinations_are_bounded_and_dimensions_stay_exact():
+    """Beyond 256 combinations decisions count as other there, and exactly in each dimension."""
+    events = [
+        decision(f"{n}-{m}", "deny", action={"type": f"a{n}"}, policies=[policy(f"p{m}@1")])
+        for n in range(20)
+        for m in range(15)
+    ]
+    fold = folded(*events, *events[:5])
+    view = fold.view
+    table = view["decisions"]["by_policy_action_impact"]
+    assert len(table["rows"]) == 256
+    assert table["other"]["deny"] == 300 - 256
+    assert view["bounds"]["overflowed"] == {"combinations": 300 - 256}
+    assert {cell["deny"] for cell in view["decisions"]["by_policy"].values()} == {20, 21}
+    assert view["decisions"]["by_action_type"]["a0"]["deny"] == 20
+    assert view["decisions"]["by_action_type"]["a19"]["deny"] == 15
+
+
+def test_names_that_could_be_mistaken_for_several_policies_count_apart():
+    """A policy whose name holds what stands between policies is itself, and no combination."""
+    odd = {"id": "p@1\x00q", "version": "2"}
+    table = folded(
+        decision("1", policies=[odd]), decision("2", policies=[policy("p@1"), policy("q@2")])
+    ).view["decisions"]
+    assert {name: cell["decisions"] for name, cell in table["by_policy"].items()} == {
+        "p@1\x00q@2": 1, "p@1": 1, "q@2": 1,
+    }  # fmt: skip
+    assert table["by_policy_action_impact"]["other"]["decisions"] == 1
+
+
 def test_rates_show_numerator_and_denominator():
     """A rate stands beside what it was made of, and is null over nothing."""
     rules = [{"id": "r", "effect": "violation"}, {"id": "s", "effect": "violation"}]
@@ -505,6 +553,37 @@ def test_resolution_sets_the_effective_verdict(resolution, verdict):
     assert decisions["by_verdict"]["escalate"] == 1
 
 
+def test_pending_shows_its_age_and_what_is_overdue():
+    """Age and overdue are those at the newest time seen; what has no deadline is never overdue."""
+    fold = folded(
+        decision("early", "escalate", at=at(0), expires_at=at(10)),
+        decision("late", "escalate", at=at(5), expires_at=at(11)),
+        decision("open", "escalate", at=at(9)),
+        decision("now", at=at(10)),
+        recorded_ms=NOON_MS + 20 * MINUTE_MS,
+    )
+    escalations = fold.view["escalations"]
+    assert [
+        (row["decision_id"], row["age_ms"], row["overdue"]) for row in escalations["oldest"]
+    ] == [
+        ("early", 10 * MINUTE_MS, True),
+        ("late", 5 * MINUTE_MS, False),
+        ("open", MINUTE_MS, False),
+    ]
+    assert escalations["overdue"] == 1
+
+
+def test_pending_that_does_not_fit_is_said():
+    """Of a thousand with long names as many are listed as fit, the oldest; the rest are counted."""
+    fold = folded(*(decision(f"{n:04}{'x' * 120}", "escalate") for n in range(1_200)))
+    escalations = fold.view["escalations"]
+    listed = len(escalations["oldest"])
+    assert 300 < listed < 1_000
+    assert escalations["unlisted"] == 1_200 - listed
+    assert escalations["unlisted_from_seq"] == listed + 1
+    assert [row["seq"] for row in escalations["oldest"]] == list(range(1, listed + 1))
+
+
 def test_resolution_of_what_is_not_pending_conflicts():
     """A second resolution, or one of a decision that was not escalated, changes nothing."""
     fold = folded(
@@ -556,7 +635,7 @@ def test_list_of_pending_is_bounded_and_its_overflow_closes():
     escalations = fold.view["escalations"]
     assert (escalations["pending"], escalations["unlisted"]) == (1_003, 3)
     assert escalations["unlisted_from_seq"] == 1_001
-    assert [row["decision_id"] for row in escalations["oldest"]] == [f"e{n}" for n in range(50)]
+    assert [row["decision_id"] for row in escalations["oldest"]] == [f"e{n}" for n in range(1_000)]
     fold.add(follow_up("escalation.resolved", "e0", resolution="rejected"))
     fold.add(decision("younger", "escalate"))
     assert fold.view["escalations"]["unlisted"] == 4
@@ -1234,6 +1313,9 @@ def test_policies_that_share_other_count_it_once():
 
 def hostile_events(filler):
     """More distinct long names than fit, everywhere that a name can be."""
+    yield decision("first", "deny", action={"type": "other"}, policies=[policy(f"{filler}@0")])
+    for before, after in ((a, b) for a in VERDICTS for b in VERDICTS):
+        yield override(before, after, "first", f"r-{before}")
     for n in range(300):
         name = f"{n:03}{filler}"
         ref = {"id": name, "version": name[:40], "hash": name * 3}
@@ -1254,6 +1336,9 @@ def hostile_events(filler):
         yield {"type": "waiver.granted", "waiver_id": name, "scope": name * 4}
         yield {"type": "constitution.activated", "constitutional_hash": name * 4}
         yield {"type": name}
+        yield decision(f"c{n}", policies=[ref], action={"type": name}, impact_level="high")
+        if n % 5 == 0:
+            yield {"type": "policy.deactivated", "policy": ref}
     for n in range(1_100):
         action = {"type": filler, "resource": filler, "args_hash": str(n)}
         yield decision(f"{n}{filler}", "escalate", action=action)
@@ -1279,9 +1364,85 @@ def test_view_stays_below_256_kib(filler):
     assert len(orjson.dumps(view)) < 256 * 1024
     assert {"thresholds", "waivers", "unknown_types"} <= set(view["bounds"]["overflowed"])
     by_action = view["decisions"]["by_action_type"].values()
-    assert sum(cell["decisions"] for cell in by_action) == view["decisions"]["total"] == 1_700
+    assert sum(cell["decisions"] for cell in by_action) == view["decisions"]["total"] == 2_001
     assert view["bounds"]["names_shown"] >= 8
     assert len(fold.stored["state"]) < 4 * 1024 * 1024
+
+
+LIMITS = {
+    **dict.fromkeys(("action_types", "policies", "unknown_types", "override_reviewers"), 257),
+    **dict.fromkeys(("override_policies", "feedback_policies"), 257),
+    **dict.fromkeys(("thresholds", "waivers", "active_policies"), 256),
+    **dict.fromkeys(("policy_history", "constitution_history", "recent"), 100),
+    "pending": 1_000,
+    "precedents": 256,
+    "policy_windows": 16,
+    "override_directions": 36,
+    "minutes": 60,
+    "hours": 168,
+    "impact_levels": 6,
+}
+
+
+def grown(value, largest=10**12 - 1):
+    """The same with every count as if a million million entries had been folded."""
+    if isinstance(value, dict):
+        return {key: grown(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [grown(one) for one in value]
+    if isinstance(value, float):
+        return -2.2250738585072014e-308
+    return largest if type(value) is int and abs(value) < 10**9 else value
+
+
+@pytest.mark.parametrize("filler", ["x" * 124, "\x01" * 20, '"\\' * 30])
+def test_view_of_a_state_that_is_full_everywhere_stays_below_256_kib(filler):
+    """Every part at its limit, every name at its longest, every number at its longest: it fits."""
+    state = full_state(filler)
+    for part, limit in LIMITS.items():
+        assert len(state[part]) >= limit, part
+    view = GOVERNANCE.view(state)
+    assert len(orjson.dumps(view)) < 255 * 1024
+    assert view["bounds"]["names_shown"] >= 8
+    assert len(view["escalations"]["oldest"]) >= 8
+    assert view["escalations"]["unlisted"] > 0
+
+
+def full_state(filler):
+    """A fold of hostile events, then each part filled to its limit and each number grown."""
+    fold = folded(*(activated(f"w{n}@1") for n in range(16)), *hostile_events(filler))
+    for n in range(7 * 24 * 60):
+        if n > 7 * 24 * 60 - 61 or n % 60 == 0:
+            time_ms = NOON_MS + n * MINUTE_MS
+            ref = [{"id": f"w{n % 16}", "version": "1"}]
+            assert fold.add(decision(f"t{n}", policies=ref), time_ms) is None
+    state = fold.state
+    hours = state["hours"]
+    for part, limit in LIMITS.items():
+        if isinstance(state[part], dict):
+            (*_, example) = state[part].values()
+            numbers = iter(range(limit))
+            while len(state[part]) < limit:
+                state[part][f"{next(numbers):04}{filler}"[:128]] = example
+    state["policy_windows"] = dict.fromkeys(state["policy_windows"], hours)
+    names = zip(state["action_types"], state["policies"], strict=True)
+    state["combinations"]["negligible"] = {
+        action: {policy_name: [1] * 9} for action, policy_name in names if action != "other"
+    }
+    state["overflow"] = dict.fromkeys([*LIMITS, "reviewers_of_a_decision", "combinations"], 1)
+    apart = ("minutes", "hours", "policy_windows", "newest_ms", "clock_ms", "recent")
+    grown_state = grown({part: value for part, value in state.items() if part not in apart})
+    rings = {part: grown_slots(state[part]) for part in ("minutes", "hours")}
+    rings["policy_windows"] = {
+        name: grown_slots(ring) for name, ring in state["policy_windows"].items()
+    }
+    recent = [[10**12 - 1, *row[1:]] for row in state["recent"]]
+    return {**state, **grown_state, **rings, "recent": recent}
+
+
+def grown_slots(ring):
+    """The slots with their counts grown, and their buckets as they are."""
+    return [slot and [*grown(slot[:-1]), slot[-1]] for slot in ring]
 
 
 LONG = st.text(st.characters(codec="utf-8"), min_size=1, max_size=20).flatmap(
