@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from contextlib import aclosing
 from typing import Any, Final
 
+from ledger import errors
 from ledger.server import Server
 from ledger.stream import Walk
 from projections.bodies import names_of
@@ -70,7 +71,11 @@ class EntityCopies:
     async def publish(
         self, committed: Committed, at_hand: Entities, ttl_seconds: int, *, force: bool
     ) -> None:
-        """Puts up to a thousand copies that are due, the oldest first; then moves the mark."""
+        """Puts up to a thousand copies that are due, the oldest first; then moves the mark.
+
+        Raises:
+            LedgerRolledBack, EntriesMissing: the entries that name what is due are not there.
+        """
         assert committed.position is not None
         if self._mark is None:
             self._mark = min(await self._store.copies_mark(committed), self._noted_after)
@@ -106,7 +111,11 @@ class EntityCopies:
             walk = self._walk = Walk(self._server, self._tenant, page_entries=COPIES_AT_ONCE)
             await walk.start_after(mark)
         if walk.head.epoch != epoch:
-            return [], mark  # the next fold says that the ledger was rolled back
+            raise errors.LedgerRolledBack(
+                f"tenant {self._tenant}: folded in epoch {epoch}, its head is {walk.head.position}",
+                hint=f"if the ledger was restored on purpose: govledger rebuild {self._tenant}",
+                tenant=self._tenant,
+            )
         async with aclosing(walk.pages()) as pages:
             async for page in pages:
                 named = [names_of(self._projection, entry) for entry in page if not entry.foreign]

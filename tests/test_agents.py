@@ -560,6 +560,20 @@ async def cost_of_a_takeover(ledger, server, tenant, events):
     return cost(server), received, sent
 
 
+async def test_agents_are_published_on_every_node_of_a_cluster(cluster, tenant):
+    """Copies lie in slots all over a cluster, and each node is given the library it lacks."""
+    async with Ledger.connect(cluster.url) as ledger:
+        await ledger.append_many(tenant, [acted(n, f"agent-{n % 40}") for n in range(80)])
+        await Projector(ledger).run_once([tenant])
+    nodes = set()
+    for n in range(40):
+        key = keys.agent_state(tenant, f"agent-{n}")
+        node = cluster.node_for(key)
+        nodes.add(node)
+        assert orjson.loads(node.cli("GET", key))["value"]["decisions"]["total"] == 2
+    assert len(nodes) == 3
+
+
 async def test_agent_costs_the_same_among_a_hundred_thousand(fresh_server):
     """Takeover, fold and publish take the same calls, and bytes but for longer numbers, in a
     tenant of 100 agents and in one of 100,000.
