@@ -41,7 +41,7 @@ from projections.governance_state import (
 )
 from projections.governance_view import rate
 from projections.projection import STATE, Entities, Unfoldable
-from projections.windows import time_text
+from projections.windows import MINUTES, SECOND_MS, time_text
 
 if TYPE_CHECKING:
     from ledger.stream import Entry
@@ -195,35 +195,57 @@ class Agents:
 def _fold(state: Agent, entities: Entities, entries: Sequence[Entry]) -> dict[int, str]:
     refused: dict[int, str] = {}
     clock_ms = entries[0].recorded_ms + FUTURE_LIMIT_MS if entries else 0
+    tiers: dict[str, str | None] = {}  # of the agents that were met, before this page
+    last: dict[str, Entry] = {}
     for entry in entries:
         count = _COUNT.get(entry.raw_fields[1])
         if count is None:
             continue
         try:
             body = entry.memo or read(entry)
-            is_decision = type(body) is Decision
-            ms = (decided_at(entry, body) if is_decision else moment_of(entry, body))[0]
-            # Recorded times never go back, so only what is ahead of the first one has to be held
-            # against its own.
-            if ms > clock_ms and ms > entry.recorded_ms + FUTURE_LIMIT_MS:
-                refused[entry.seq] = "at is more than five minutes ahead of the recorded time"
-                continue
+            ms = _ms_of(entry, body)
         except Unfoldable as error:
             refused[entry.seq] = error.reason
+            continue
+        # Recorded times never go back, so only what is ahead of the first one has to be held
+        # against its own.
+        if ms > clock_ms and ms > entry.recorded_ms + FUTURE_LIMIT_MS:
+            refused[entry.seq] = "at is more than five minutes ahead of the recorded time"
             continue
         name = AGENT_PREFIX + body.agent.id
         agent = entities.get(name)
         if agent is None:
             agent = entities[name] = _new_agent(entry)
-            state["agents"] += 1
-            state["tiers"][tier_of(agent["trust"])] += 1
-        before = agent["trust"]
+            tiers[name] = None
+        elif name not in last:
+            tiers[name] = tier_of(agent["trust"])
         count(state, agent, body)
-        if agent["trust"] != before:
-            _note_tier(state, before, agent["trust"])
-        agent["last_entry"] = entry.entry_id
+        last[name] = entry
         agent["last_ms"] = max(agent["last_ms"], ms)
+    for name, entry in last.items():
+        _note_last(state, entities[name], entry, tiers[name])
     return refused
+
+
+def _ms_of(entry: Entry, body: Any) -> int:
+    if type(body) is Decision:
+        if body.at is None or body.expires_at is not None:
+            return decided_at(entry, body)[0]
+        minute, second_ms = MINUTES.get(body.at[:17]), SECOND_MS.get(body.at[17:])
+        if minute is not None and second_ms is not None:
+            return minute[0] + second_ms
+    return moment_of(entry, body)[0]
+
+
+def _note_last(state: Agent, agent: Agent, entry: Entry, tier_before: str | None) -> None:
+    agent["last_entry"] = entry.entry_id
+    tiers, tier = state["tiers"], tier_of(agent["trust"])
+    if tier_before is None:
+        state["agents"] += 1
+        tiers[tier] += 1
+    elif tier != tier_before:
+        tiers[tier_before] -= 1
+        tiers[tier] += 1
 
 
 def _count_decision(state: Agent, agent: Agent, body: Decision) -> None:
@@ -251,12 +273,6 @@ def _count_decision(state: Agent, agent: Agent, body: Decision) -> None:
 
 def _move_trust(agent: Agent, change: int) -> None:
     agent["trust"] = min(max(agent["trust"] + change, 0), TRUST.start)
-
-
-def _note_tier(state: Agent, before: int, after: int) -> None:
-    tiers, left, entered = state["tiers"], tier_of(before), tier_of(after)
-    tiers[left] -= 1
-    tiers[entered] += 1
 
 
 def _assign_role(state: Agent, agent: Agent, body: AgentRoleAssigned) -> None:
