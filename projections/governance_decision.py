@@ -30,6 +30,10 @@ from projections.governance_state import (
 )
 from projections.windows import (
     COLUMNS,
+    HOUR_MS,
+    HOUR_SLOTS,
+    MINUTE_MS,
+    MINUTE_SLOTS,
     MINUTES,
     SECOND_MS,
     SURELY_LIVE_MS,
@@ -201,10 +205,12 @@ def decision_counter(  # noqa: C901, PLR0915 - see above
                 in_hour[verdict] += 1
                 if policy in windows:
                     slot(windows[policy], hour_place, hour)[verdict] += 1
-            else:
-                at = ms, minute, minute_place, hour, hour_place
-                for counted in _window_cells(state, [policy], at):
-                    counted[verdict] += 1
+            elif newest_ms // HOUR_MS - hour < HOUR_SLOTS:
+                slot(hours, hour_place, hour)[verdict] += 1
+                if newest_ms // MINUTE_MS - minute < MINUTE_SLOTS:
+                    slot(minutes, minute_place, minute)[verdict] += 1
+                if policy in windows:
+                    slot(windows[policy], hour_place, hour)[verdict] += 1
             if effects:
                 at = ms, minute, minute_place, hour, hour_place
                 _count_effects([cell, *_window_cells(state, [policy], at)], effects)
@@ -215,7 +221,7 @@ def decision_counter(  # noqa: C901, PLR0915 - see above
                 counted[verdict] += 1
             _count_effects(cells, effects)
         if ms < newest_ms:
-            note_late(state, ms, minute)
+            note_late(state, minute)
         if body.latency_ms is not None:
             latency[bisect_left(_LATENCY_BOUNDS_MS, body.latency_ms)] += 1
         named, constitution = body.constitutional_hash, state["constitution"]
@@ -238,7 +244,7 @@ def count_overridden(state: State, at: Moment, body: Decision) -> None:
     names = policy_names(body)
     for cell in (*_counted_cells(state, body, names), *_window_cells(state, names, at)):
         cell[OVERRIDDEN] += 1
-    note_late(state, at[0], at[1])
+    note_late(state, at[1])
 
 
 def keep_recent(state: State, entries: Sequence[Entry], refused: Container[int]) -> None:

@@ -86,7 +86,7 @@ _FEEDBACK_COLUMNS: Final[dict[str, dict[str | None, _Columns]]] = {
 
 
 def fold_follow_up(
-    state: State, entities: Entities, entry: Entry, body: FollowUp, subject: Entry | None
+    state: State, entities: Entities, entry: Entry, body: Any, subject: Entry | None
 ) -> None:
     """Counts what followed a decision; as an orphan where no such decision counts.
 
@@ -94,9 +94,8 @@ def fold_follow_up(
         Unfoldable: its `at` is no time or lies ahead of the ledger's, or it is a correction that
             does not say what would be correct.
     """
-    if isinstance(body, Feedback) and (
-        body.correct_verdict not in _FEEDBACK_COLUMNS[body.feedback]
-    ):
+    kind = type(body)
+    if kind is Feedback and body.correct_verdict not in _FEEDBACK_COLUMNS[body.feedback]:
         raise Unfoldable("feedback.recorded: a correction without `correct_verdict`")
     ms = moment_of(entry, body)[0]
     if ms > state["newest_ms"]:
@@ -112,13 +111,13 @@ def fold_follow_up(
         return
     name = DECISION_PREFIX + body.decision_id
     followed = entities.get(name)
-    if followed is None:
-        followed = {}
-        _COUNT[type(body)](state, decision, followed, body, entry)
-        if followed:
-            entities[name] = followed
-    else:
-        _COUNT[type(body)](state, decision, followed, body, entry)
+    if followed is not None:
+        _COUNT[kind](state, decision, followed, body, entry)
+        return
+    followed = {}
+    _COUNT[kind](state, decision, followed, body, entry)
+    if followed:
+        entities[name] = followed
 
 
 def effective_verdict(verdict: str, followed: Followed | None) -> str:

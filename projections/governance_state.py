@@ -10,10 +10,10 @@ import orjson
 from projections.projection import Unfoldable
 from projections.windows import (
     COLUMNS,
+    DAY_HOURS,
     HOUR_SLOTS,
     MINUTE_MS,
     MINUTE_SLOTS,
-    SURELY_LIVE_MS,
     WINDOWS,
     Moment,
     moment,
@@ -272,15 +272,18 @@ def advance(state: State, entry: Entry, ms: int) -> None:
     state["newest_ms"] = ms
 
 
-def note_late(state: State, ms: int, minute: int) -> None:
+def note_late(state: State, minute: int) -> None:
     """Counts what came after its minute had passed, and the windows that it came too late for."""
-    newest_ms = state["newest_ms"]
-    if newest_ms // MINUTE_MS == minute:
+    newest_minute = state["newest_ms"] // MINUTE_MS
+    if newest_minute == minute:
         return
     late = state["late"]
     late["total"] += 1
-    if newest_ms - ms < SURELY_LIVE_MS:
+    if newest_minute - minute < MINUTE_SLOTS:
         return
-    for window, (_, bucket_ms, span) in WINDOWS.items():
-        if newest_ms // bucket_ms - ms // bucket_ms >= span:
-            late[window] += 1
+    late["1h"] += 1
+    hours = newest_minute // 60 - minute // 60
+    if hours >= DAY_HOURS:
+        late["24h"] += 1
+    if hours >= HOUR_SLOTS:
+        late["7d"] += 1
