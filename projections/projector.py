@@ -212,7 +212,7 @@ class Projector:
                 if not (place and fold.stands_with(folds[0])):
                     await self._catch_up(fold, pages=1, followers=folds[place + 1 :])
                 await fold.publish(self._ttl_seconds)
-                if fold.is_behind:
+                if fold.is_behind or fold.copies_are_due:
                     self._wake([tenant])
             if self.stopped.pop(tenant, None):
                 _log.warning("tenant %s: folded again", tenant)

@@ -88,19 +88,19 @@ class TenantFold:
 
     @property
     def is_behind(self) -> bool:
-        """Whether the head that was last seen is past what is folded, or copies are due."""
-        folding = self._walk is not None and self.seq < self._walk.head.seq
-        return folding or self._copies_are_due
+        """Whether the head that was last seen is past what is folded."""
+        return self._walk is not None and self.seq < self._walk.head.seq
+
+    @property
+    def copies_are_due(self) -> bool:
+        """Whether copies of entities are still to be published."""
+        return self._copies is not None and self._copies.are_due
 
     def stands_with(self, other: TenantFold) -> bool:
         """Whether both have committed the same entries."""
         if self.committed is None or other.committed is None:
             return False
         return self.committed.position == other.committed.position
-
-    @property
-    def _copies_are_due(self) -> bool:
-        return self._copies is not None and self._copies.are_due
 
     def forget(self) -> None:
         """Drops what is in memory: the next fold begins from what is committed."""
