@@ -1,5 +1,6 @@
 """What is derived from the ledger: folds, the projector that keeps them, the reader."""
 
+from projections.agents import Agents
 from projections.governance import Governance
 from projections.projection import Entities, Projection, Unfoldable
 from projections.projector import Projector
@@ -7,6 +8,7 @@ from projections.reader import StateReader
 from projections.store import PublishedState
 
 __all__ = [
+    "Agents",
     "Entities",
     "Governance",
     "Projection",
