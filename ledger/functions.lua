@@ -7,7 +7,7 @@ library and never a newer one. OLDEST_CLIENT is the oldest protocol that this fi
 Refusals of a whole call are error replies: a code of ours, then facts divided by spaces.
 Commit and publish never take the stream as a key, so a projector needs no right to write it. ]]
 
-local VERSION = 2
+local VERSION = 3
 local OLDEST_CLIENT = 2
 local CLOCK_SKEW_LIMIT_MS = 300000
 -- 15 digits are exact in a Lua number; a larger time half can only be foreign.
@@ -438,7 +438,8 @@ local ENVELOPE_TAIL = '"createdAt":"([^"]*)","updatedAt":"[^"]*","metadata":{"ep
 local ENVELOPE_TAIL_BYTES = 600
 
 -- KEYS: the published key. ARGV: protocol, value, now as ISO 8601, epoch, seq, metadata, TTL in s (0 = none).
--- then 1 to put it even where a later state of the same epoch is. Answers 1, or 0 where one is there.
+-- then 1 to put it even where a later state of the same epoch is. Answers 1, or 0 where one is there,
+-- or 2 where it is put and the user may not tell readers so: by a message in the channel of the key's name.
 local function publish(keys, args)
   local refusal = protocol_refusal(args[1])
   if refusal then return refusal end
@@ -453,6 +454,8 @@ local function publish(keys, args)
   else
     call('SET', keys[1], envelope)
   end
+  local told = redis.pcall('PUBLISH', keys[1], args[4] .. '/' .. args[5])
+  if type(told) == 'table' then return 2 end  -- a reader's own checks find the state too, only later
   return 1
 end
 
