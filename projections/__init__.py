@@ -4,11 +4,15 @@ from projections.governance import Governance
 from projections.projection import Entities, Projection, Unfoldable
 from projections.projector import Projector
 from projections.reader import StateReader
+from projections.state_model import AgentState, EffectiveVerdict, GovernanceState
 from projections.store import PublishedState
 
 __all__ = [
+    "AgentState",
+    "EffectiveVerdict",
     "Entities",
     "Governance",
+    "GovernanceState",
     "Projection",
     "Projector",
     "PublishedState",
