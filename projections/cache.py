@@ -12,7 +12,6 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -23,7 +22,7 @@ from ledger.server import Server
 from ledger.stream import Position
 from projections.current import Current, Token, read_current, read_tokens
 from projections.governance import Governance
-from projections.notices import Notices
+from projections.notices import Notices, happened
 from projections.state_model import GovernanceState
 
 __all__ = ["StateCache"]
@@ -142,8 +141,7 @@ class StateCache:
         self._start()
         entry.watchers += 1
         try:
-            with suppress(TimeoutError):
-                await asyncio.wait_for(changed.wait(), timeout_s)
+            await happened(changed, timeout_s)
         finally:
             entry.watchers -= 1
             entry.used_at = _now()
@@ -173,8 +171,7 @@ class StateCache:
                     yield msgspec.structs.replace(state, stale=True)
                     continue
                 wait_s = max(entry.fresh_until - _now(), 0.0) if fresh else self._max_stale_s
-                with suppress(TimeoutError):
-                    await asyncio.wait_for(changed.wait(), wait_s)
+                await happened(changed, wait_s)
         finally:
             entry.watchers -= 1
             entry.used_at = _now()
@@ -283,8 +280,7 @@ class StateCache:
         interval_s = self._max_stale_s / CHECKS_A_BOUND
         check_at = _now()
         while not self._server.closed and self._entries:
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._woken.wait(), max(check_at - _now(), 0.001))
+            await happened(self._woken, check_at - _now())
             self._woken.clear()
             now = _now()
             for entry in [one for one in self._entries.values() if self._is_idle(one, now)]:

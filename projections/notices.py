@@ -19,7 +19,7 @@ from ledger import errors
 from ledger.server import Server, pack
 from ledger.wire import Wire
 
-__all__ = ["Notices"]
+__all__ = ["Notices", "happened"]
 
 PING_INTERVAL_S: Final = 0.5
 PING_TIMEOUT_S: Final = 2.0
@@ -27,6 +27,14 @@ PING_TIMEOUT_S: Final = 2.0
 
 RECONNECT_PAUSE_S: Final = 0.5
 _log = logging.getLogger("ledger")
+
+
+async def happened(event: asyncio.Event, timeout_s: float) -> None:
+    """Returns when the event is set, or after the time; never at once."""
+    # Not `wait_for`, which may swallow a cancellation up to Python 3.11.
+    with suppress(TimeoutError):
+        async with asyncio.timeout(max(timeout_s, 0.001)):
+            await event.wait()
 
 
 class Notices:
@@ -74,8 +82,7 @@ class Notices:
                 await wire.exchange(packed, 1, PING_TIMEOUT_S)
                 heard.discard(channel)
             await wire.exchange(pack("PING"), 1, PING_TIMEOUT_S)
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), PING_INTERVAL_S)
+            await happened(self._changed, PING_INTERVAL_S)
 
     async def _subscribe(self, wire: Wire, channel: str) -> None:
         # What answers a SUBSCRIBE is a push; only a refusal is a reply, which comes before PING's.

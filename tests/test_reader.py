@@ -61,7 +61,7 @@ async def until(condition):
 async def polled(read, wanted):
     """The first result of `read` that is wanted."""
     async with asyncio.timeout(20):
-        while not wanted(found := await read()):
+        while not wanted(found := await read()):  # noqa: ASYNC110 - as above
             await asyncio.sleep(0.005)
     return found
 
@@ -287,9 +287,9 @@ async def test_waiting_for_what_nobody_folds_ends_by_name(ledger, tenant):
             await reader.governance(f"{tenant}-new")
 
 
-async def test_a_wait_asks_seldom(server, tenant):
+async def test_a_wait_asks_seldom(valkey, tenant):
     """A wait of a second for what never comes is some reads, not a hot loop."""
-    async with Proxy(server) as proxy, Ledger.connect(proxy.url) as ledger:
+    async with Proxy(valkey) as proxy, Ledger.connect(proxy.url) as ledger:
         await ledger.append(tenant, decision(1))
         await Projector(ledger).run_once([tenant])
         async with StateReader(ledger) as reader:
@@ -344,7 +344,7 @@ async def test_a_copy_that_is_gone_or_strange_is_read_from_the_committed_fold(
     assert (state.source, state.seq, state.decisions.by_verdict.deny) == ("committed", 2, 1)
 
 
-async def test_deleted_copies_never_show_and_come_back(ledger, server, tenant):
+async def test_deleted_copies_never_show_and_come_back(valkey, tenant):
     """While a projector runs and every published key is deleted again and again, each state that
     is read is the exact one of its seq, it never goes back, and at last the copy is there again.
     """
@@ -363,7 +363,7 @@ async def test_deleted_copies_never_show_and_come_back(ledger, server, tenant):
     async def delete():
         while True:
             for name in tenants:
-                server.cli("DEL", keys.governance_state(name))
+                valkey.cli("DEL", keys.governance_state(name))
             await asyncio.sleep(0.003)
 
     seen = []
@@ -378,8 +378,11 @@ async def test_deleted_copies_never_show_and_come_back(ledger, server, tenant):
                 last = state.seq
             await asyncio.sleep(0.001)
 
-    projector = Projector(ledger)
-    async with StateReader(ledger, max_stale_s=0.5) as reader, running(projector):
+    async with (
+        Ledger.connect(valkey.url) as ledger,
+        StateReader(ledger, max_stale_s=0.5) as reader,
+        running(Projector(ledger)),
+    ):
         deleting = asyncio.create_task(delete())
         async with asyncio.timeout(60):
             await asyncio.gather(write(), *(read(name) for name in tenants))
@@ -387,7 +390,7 @@ async def test_deleted_copies_never_show_and_come_back(ledger, server, tenant):
         await asyncio.wait([deleting])
         assert all((total, denied) == expected[seq] for seq, total, denied in seen)
         assert len({seq for seq, _, _ in seen}) > 5
-        await until(lambda: all(server.cli("EXISTS", keys.governance_state(t)) for t in tenants))
+        await until(lambda: all(valkey.cli("EXISTS", keys.governance_state(t)) for t in tenants))
 
 
 async def test_an_older_copy_is_passed_over(ledger, server, tenant):
@@ -454,12 +457,12 @@ async def test_state_of_a_history_that_is_no_more_is_refused(ledger, server, ten
 # -- cut off --------------------------------------------------------------------------------------
 
 
-async def test_a_reader_that_is_cut_off_says_so(server, tenant):
+async def test_a_reader_that_is_cut_off_says_so(valkey, tenant):
     """When the connection hangs, a state is served until the bound, then refused or marked; when
     the server answers again, it is fresh again.
     """
     settings = load_settings(memory_max_reconnect_attempts=2)
-    async with Proxy(server) as proxy, Ledger.connect(proxy.url, settings=settings) as ledger:
+    async with Proxy(valkey) as proxy, Ledger.connect(proxy.url, settings=settings) as ledger:
         await ledger.append(tenant, decision(1))
         await Projector(ledger).run_once([tenant])
         async with StateReader(ledger, max_stale_s=0.3) as reader:
@@ -501,7 +504,7 @@ async def test_watch_survives_a_restart_and_never_goes_back(fresh_server, tenant
     """A watcher sees each newer state across kills of the server, in order, and says when it is
     cut off where it is asked to.
     """
-    server = fresh_server(appendfsync="always")
+    server = fresh_server(config={"appendfsync": "always"})
     settings = load_settings(memory_max_reconnect_attempts=1000)
     async with Ledger.connect(server.url, settings=settings) as ledger:
         await ledger.append(tenant, decision(0))
@@ -560,7 +563,7 @@ async def test_a_reader_ends_with_its_ledger(server, tenant):
         assert tasks
     done, _ = await asyncio.wait(tasks, timeout=20)
     assert len(done) == len(tasks)
-    assert not any(task.cancelled() or task.exception() for task in tasks)
+    assert not any(task.exception() for task in tasks if not task.cancelled())
 
 
 async def test_what_nobody_asks_for_is_dropped(ledger, tenant, monkeypatch):
