@@ -34,6 +34,7 @@
     ├── NotCaughtUp                  the projection has not folded that far yet
     ├── LedgerRolledBack             the ledger is behind what was already read from it
     └── CommitConflict               another projector folded this tenant meanwhile
+        └── LeaseHeld                another worker folds this tenant now
 
 Operating errors (`Unavailable`, `DurabilityNotReached`) are worth a retry with the same event ids,
 which is always safe. `InvalidInput` and `Refused` are not: something must change first.
@@ -56,6 +57,7 @@ __all__ = [
     "InvalidInput",
     "InvalidSetting",
     "InvalidTenant",
+    "LeaseHeld",
     "LedgerError",
     "LedgerRolledBack",
     "LibraryTooNew",
@@ -237,3 +239,7 @@ class LedgerRolledBack(LedgerError):
 
 class CommitConflict(LedgerError):
     """The committed position is not the one that this fold began from."""
+
+
+class LeaseHeld(CommitConflict):
+    """Another worker folds this tenant; whose lease it is, and for how long, is in the facts."""

@@ -8,7 +8,7 @@ Refusals of a whole call are error replies: a code of ours, then facts divided b
 Commit and publish never take the stream as a key, so a projector needs no right to write it. ]]
 
 local VERSION = 3
-local OLDEST_CLIENT = 2
+local OLDEST_CLIENT = 3
 local CLOCK_SKEW_LIMIT_MS = 300000
 -- 15 digits are exact in a Lua number; a larger time half can only be foreign.
 local MAX_TIME_DIGITS = 15
@@ -400,15 +400,50 @@ local function committed_at(key)
   return at[1] .. ' ' .. at[2]
 end
 
--- KEYS: a projection's hash, then its buckets and the quarantine. ARGV: protocol, position and build
--- folded from ('' = none), position folded to, build, then triples: number of the key in KEYS, field, value.
+-- Who folds is written in the lease, a string that expires. Its holder's own name is the fencing
+-- token: as long as another one stands there, nothing is committed.
+local function take_lease(key, worker, lease_ms)
+  local holder = call('GET', key)
+  if holder and holder ~= worker then return holder, call('PTTL', key) end
+  call('SET', key, worker, 'PX', lease_ms)
+end
+
+-- KEYS: leases of one tenant. ARGV: protocol, worker, lease in ms. Answers for each key the holder and
+-- how long it still holds, in ms; an empty name where it is the worker now.
+local function lease(keys, args)
+  local refusal = protocol_refusal(args[1])
+  if refusal then return refusal end
+  local answers = {}
+  for i, key in ipairs(keys) do
+    local holder, left_ms = take_lease(key, args[2], args[3])
+    answers[i] = {holder or '', left_ms or 0}
+  end
+  return answers
+end
+
+-- KEYS: leases of one tenant. ARGV: protocol, worker: gives back what it holds of them.
+local function release(keys, args)
+  local refusal = protocol_refusal(args[1])
+  if refusal then return refusal end
+  local released = 0
+  for _, key in ipairs(keys) do
+    if call('GET', key) == args[2] then released = released + call('DEL', key) end
+  end
+  return released
+end
+
+-- KEYS: a projection's hash, its lease, then its buckets and the quarantine. ARGV: protocol, position
+-- and build folded from ('' = none), position folded to, build, worker, lease in ms, then triples:
+-- number of the key in KEYS, field, value.
 local function commit(keys, args)
   local refusal = protocol_refusal(args[1])
   if refusal then return refusal end
   local committed = committed_at(keys[1])
   if committed ~= args[2] then return refuse('LEDGERPOSITION', committed) end
+  local holder, left_ms = take_lease(keys[2], args[5], args[6])
+  if holder then return refuse('LEDGERLEASE', left_ms, holder) end
   call('HSET', keys[1], 'position', args[3], 'build', args[4])
-  for i = 5, #args, 3 do
+  for i = 7, #args, 3 do
     call('HSET', keys[tonumber(args[i])], args[i + 1], args[i + 2])
   end
   return 1
@@ -434,34 +469,66 @@ end
 
 -- Everything after the value in an envelope that `publish` wrote; anchored, as a value can hold anything.
 local ENVELOPE_TAIL = '"createdAt":"([^"]*)","updatedAt":"[^"]*","metadata":{"epoch":"(%x+)",'
-  .. '"position":"[^"]*","seq":(%d+),[^{}]*}}$'
+  .. '"position":"[^"]*","seq":(%d+),"projection":"[^"{}]*","version":(%d+)([^{}]*)}}$'
 local ENVELOPE_TAIL_BYTES = 600
+local PUBLISHED, OTHER_EPOCH, OVERTAKEN, NOBODY_TOLD = 1, 2, 0, 3
 
--- KEYS: the published key. ARGV: protocol, value, now as ISO 8601, epoch, seq, metadata, TTL in s (0 = none).
--- then 1 to put it even where a later state of the same epoch is. Answers 1, or 0 where one is there,
--- or 2 where it is put and the user may not tell readers so: by a message in the channel of the key's name.
+-- KEYS: the published key. ARGV: protocol, value, now as ISO 8601, epoch, seq, version, metadata, TTL in
+-- s (0 = none), then what may be replaced: `older`, `equal` too, any of a later version (`pinned`), or
+-- `any`. What is there and equal has its TTL renewed.
 local function publish(keys, args)
   local refusal = protocol_refusal(args[1])
   if refusal then return refusal end
-  local tail = call('GETRANGE', keys[1], -ENVELOPE_TAIL_BYTES, -1)
-  local created, epoch, seq = string.match(tail, ENVELOPE_TAIL)
-  local later = epoch == args[4] and tonumber(seq) > tonumber(args[5])
-  if later and args[8] ~= '1' then return 0 end
+  local tail = redis.pcall('GETRANGE', keys[1], -ENVELOPE_TAIL_BYTES, -1)
+  if type(tail) ~= 'string' then tail = '' end  -- another type of key: SET replaces it
+  local created, epoch, seq, version, more = string.match(tail, ENVELOPE_TAIL)
+  local ttl = tonumber(args[8])
+  if created and args[9] ~= 'any' then
+    if epoch ~= args[4] then return OTHER_EPOCH end
+    local ahead = tonumber(seq) - tonumber(args[5])
+    local newer = tonumber(version) - tonumber(args[6])
+    if newer > 0 and args[9] ~= 'pinned' then return OVERTAKEN end
+    if ahead > 0 and newer <= 0 then return OVERTAKEN end
+    if ahead == 0 and newer == 0 and more == '' and args[9] ~= 'equal' then
+      if ttl > 0 then call('EXPIRE', keys[1], ttl) else call('PERSIST', keys[1]) end
+      return PUBLISHED
+    end
+  end
   local envelope = '{"value":' .. args[2] .. ',"createdAt":"' .. (created or args[3])
-    .. '","updatedAt":"' .. args[3] .. '","metadata":' .. args[6] .. '}'
-  if tonumber(args[7]) > 0 then
-    call('SET', keys[1], envelope, 'EX', args[7])
+    .. '","updatedAt":"' .. args[3] .. '","metadata":' .. args[7] .. '}'
+  if ttl > 0 then
+    call('SET', keys[1], envelope, 'EX', ttl)
   else
     call('SET', keys[1], envelope)
   end
+  -- Readers listen to the channel of the key's name; their own checks find what they were not told.
   local told = redis.pcall('PUBLISH', keys[1], args[4] .. '/' .. args[5])
-  if type(told) == 'table' then return 2 end  -- a reader's own checks find the state too, only later
+  if type(told) == 'table' then return NOBODY_TOLD end
+  return PUBLISHED
+end
+
+-- A ledger that went back is another one from here on. KEYS: stream, head. ARGV: protocol, the epoch that
+-- it has ('' = no head), the new one.
+local function begin_epoch(keys, args)
+  local refusal = protocol_refusal(args[1])
+  if refusal then return refusal end
+  local head = read_head(keys[2])
+  if not head then return refuse('LEDGERNOHEAD') end
+  if head.epoch == args[3] then return 1 end  -- our own call, whose answer was lost
+  if head.epoch ~= args[2] then return refuse('LEDGERMOVED', head.epoch) end
+  note_incident(keys[2], head, server_now_ms(), {kind = 'epoch', seq = head.seq, count = head.length,
+    first_id = '0-0', last_id = head.id})
+  head.epoch = args[3]
+  write_head(keys[2], head)
   return 1
 end
 
 redis.register_function('govledger_append', append)
 redis.register_function('govledger_notice', notice)
 redis.register_function('govledger_finish_reindex', finish_reindex)
+redis.register_function('govledger_begin_epoch', begin_epoch)
+redis.register_function('govledger_lease', lease)
+redis.register_function('govledger_release', release)
 redis.register_function('govledger_commit', commit)
 redis.register_function('govledger_adopt', adopt)
 redis.register_function('govledger_publish', publish)

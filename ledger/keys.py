@@ -4,9 +4,9 @@ Grammar: `claude-flow:{store}:{tenant}:{type}:{id}` (the operations guide's, wit
 
 `memory`  published copies, without braces, as the guide's clients read them; TTL by the guide's
           rule (`MEMORY_DEFAULT_TTL_SECONDS`, a caller's own, 0 = none). Anyone may delete them.
-`ledger`  the record and what is exact. No TTL, ever, but for what says so here. The braces round
-          the tenant are real: they are the Redis Cluster hash tag, so one function may touch
-          several of a tenant's keys.
+`ledger`  the record and what is exact. No TTL, ever, but for what says so here (leases,
+          attestations). The braces round the tenant are real: they are the Redis Cluster hash
+          tag, so one function may touch several of a tenant's keys.
 
 What belongs to no tenant has `_` in the tenant's place, which no tenant can be called.
 """
@@ -32,6 +32,7 @@ __all__ = [
     "index",
     "index_rebuild",
     "is_tenant",
+    "lease",
     "projection",
     "projection_active",
     "projection_bucket",
@@ -123,6 +124,11 @@ def projection_active(tenant: str) -> str:
 def projection_quarantine(tenant: str) -> str:
     """Hash: `name@version:seq` → why that entry could not be folded."""
     return f"{LEDGER}:{{{tenant}}}:projection:quarantine"
+
+
+def lease(tenant: str, name: str) -> str:
+    """String: the worker that folds a projection now. Expires 5 s after its last commit."""
+    return f"{LEDGER}:{{{tenant}}}:lease:{name}"
 
 
 def published(tenant: str, name: str) -> str:

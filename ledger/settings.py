@@ -30,6 +30,11 @@ class Settings(BaseSettings):
     memory_max_reconnect_attempts: Annotated[int, Field(ge=0, le=1_000)] = 10
     """MEMORY_MAX_RECONNECT_ATTEMPTS: how often a broken call is tried again."""
 
+    govledger_projections: str = ""
+    """GOVLEDGER_PROJECTIONS: folds of your own beside ours, as import paths divided by commas:
+    `package.module:Name`, a class without arguments or an object, of the protocol in
+    projections/projection.py."""
+
     govledger_allow_eviction: bool = False
     """GOVLEDGER_ALLOW_EVICTION: append even to a server that may evict the ledger's keys."""
 

@@ -134,7 +134,8 @@ class Incident:
 
     `kind`: foreign (entries `first_id`..`last_id`, which consume `count` ordinals from `seq` on),
     missing (`count` entries gone), recreated (the stream was deleted and made again), moved (its
-    last id or counter was set), headless (the function's own record was lost and rebuilt).
+    last id or counter was set), headless (the function's own record was lost and rebuilt), epoch
+    (an operator accepted that the ledger had been rolled back).
     """
 
     kind: str
@@ -164,6 +165,7 @@ class Incident:
             "missing": "{count} recorded entries are gone from the stream (tail was {last_id})",
             "recreated": "the stream was deleted and made again; {count} entries up to {last_id}",
             "moved": "the stream's last id or counter was moved from {first_id} to {last_id}",
+            "epoch": "a rollback to seq {seq} was accepted; a new epoch began",
             "headless": "governance:head was lost; rebuilt from {count} entries up to {last_id}",
         }
         return told.get(self.kind, self.kind).format(**asdict(self))
@@ -386,6 +388,10 @@ class Walk:
         """Of the last entry handed out."""
         return Position(self.head.epoch, self.seq, self._cursor)
 
+    @property
+    def _accepting(self) -> str:
+        return f"govledger rebuild {self.tenant} --accept-rollback"
+
     # -- where to begin -----------------------------------------------------------------------
 
     async def start_after(self, seq: int) -> None:
@@ -426,7 +432,7 @@ class Walk:
         if head.epoch != position.epoch or head.seq < position.seq:
             raise errors.LedgerRolledBack(
                 f"tenant {self.tenant}: folded to {position}, its head is now {head.position}",
-                hint=f"if the ledger was restored on purpose: govledger rebuild {self.tenant}",
+                hint=f"find out why it went back; if it was restored on purpose: {self._accepting}",
                 tenant=self.tenant,
             )
         self.head, self.seq, self._cursor = head, position.seq, position.entry_id
@@ -540,7 +546,7 @@ class Walk:
     def _rolled_back(self, head: Head, seen: str) -> errors.LedgerRolledBack:
         return errors.LedgerRolledBack(
             f"tenant {self.tenant}: read to {self.position}, {seen}",
-            hint=f"it was restored meanwhile: begin again, or govledger rebuild {self.tenant}",
+            hint=f"it was restored meanwhile: begin again, or {self._accepting}",
             tenant=self.tenant,
             head_seq=head.seq,
         )

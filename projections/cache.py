@@ -153,20 +153,22 @@ class StateCache:
             LedgerRolledBack: as `read_current`.
             LedgerError: what no later attempt mends, such as rights that were taken away.
         """
-        entry, last, said_stale = self._entry(tenant), None, False
+        entry = self._entry(tenant)
+        last: GovernanceState | None = None
+        said_stale = False
         entry.watchers += 1
         try:
             self._start()
             while True:
                 changed, state = entry.changed, entry.state
                 fresh = state is not None and _now() < entry.fresh_until
-                if state is not None and fresh and (said_stale or _is_newer(state, last)):
-                    last, said_stale = state.position, False
+                if state is not None and fresh and (said_stale or _is_news(state, last)):
+                    last, said_stale = state, False
                     yield state
                     continue
                 if entry.failure is not None and not _passes(entry.failure):
                     raise entry.failure
-                if stale_ok and state is not None and not fresh and not said_stale and last:
+                if stale_ok and state and last and not fresh and not said_stale:
                     said_stale = True
                     yield msgspec.structs.replace(state, stale=True)
                     continue
@@ -340,8 +342,10 @@ def _passes(error: errors.LedgerError) -> bool:
     return isinstance(error, errors.Unavailable | errors.NotFound)
 
 
-def _is_newer(state: GovernanceState, last: Position | None) -> bool:
-    return last is None or state.position.epoch != last.epoch or state.seq > last.seq
+def _is_news(state: GovernanceState, last: GovernanceState | None) -> bool:
+    if last is None or state.position.epoch != last.position.epoch:
+        return True
+    return state.seq > last.seq or (state.seq == last.seq and state.stopped != last.stopped)
 
 
 def _ended(task: asyncio.Task[None]) -> None:

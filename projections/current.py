@@ -19,7 +19,7 @@ from ledger.stream import Head, Position, head_command, parse_head
 from projections.governance import Governance
 from projections.projection import STATE, Projection
 from projections.state_model import GovernanceState, governance_of, published_governance
-from projections.store import BUCKETS
+from projections.store import BUCKETS, STOPPED
 
 __all__ = ["Current", "Token", "read_current", "read_entity", "read_tokens"]
 
@@ -44,8 +44,11 @@ class Current(NamedTuple):
 
 
 class _Committed(NamedTuple):
+    """Of the version that this release folds; nothing where readers take another one."""
+
     position: Position | None
     raw: bytes
+    is_active: bool
 
 
 async def read_current(
@@ -57,14 +60,16 @@ async def read_current(
 
     Raises:
         LedgerRolledBack: the ledger, or what is folded of it, is behind what was read before.
+        StateUnavailable: the published copy is gone, and what is committed is of a version that
+            this release does not fold.
         Unavailable: the server cannot be asked.
     """
     published_key = keys.published(tenant, governance.name)
     # The head is read last, so it is at least as far as what was folded.
     asked = [(published_key, pack("GET", published_key)), *_commands(tenant, governance)]
-    raw, committed_reply, head_reply = await server.exchange_each(asked)
+    raw, *replies, head_reply = await server.exchange_each(asked)
     text = _text(server, raw)
-    committed = _committed(server, committed_reply)
+    committed = _committed(server, governance, *replies)
     head = parse_head(tenant, server.checked(head_reply))
     state = published_governance(tenant, text) if text else None
     tail = text[-_TAIL_BYTES:]
@@ -75,6 +80,13 @@ async def read_current(
         if found is None:
             return None
         state, token, head = found[0], Token(tail, found[1]), found[2]
+    elif not committed.is_active:
+        raise errors.StateUnavailable(
+            f"tenant {tenant}: the published copy is gone, and readers take a version of "
+            f"{governance.name} that this release does not fold",
+            hint="a projector of that release publishes it again within seconds",
+            tenant=tenant,
+        )
     elif state is None:
         return None
     else:
@@ -97,10 +109,10 @@ async def read_tokens(
     replies = iter(await server.exchange_each(asked))
     tokens: list[Token | None] = []
     for tenant, tail_reply, state in zip(tenants, tails, since, strict=True):
-        committed_reply, head_reply = next(replies), next(replies)
+        active_reply, committed_reply, head_reply = (next(replies) for _ in range(3))
         try:
             tail = _text(server, tail_reply)
-            committed = _committed(server, committed_reply)
+            committed = _committed(server, governance, active_reply, committed_reply)
             _check(state, parse_head(tenant, server.checked(head_reply)), None)
         except errors.LedgerError:
             tokens.append(None)  # reading it again says why
@@ -112,7 +124,9 @@ async def read_tokens(
 
 def _commands(tenant: str, governance: Governance) -> list[tuple[str, bytes]]:
     key = keys.projection(tenant, governance.name, governance.version)
+    active = keys.projection_active(tenant)
     return [
+        (active, pack("HGET", active, governance.name)),
         (key, pack("HMGET", key, "position", "build")),
         (keys.head(tenant), head_command(tenant)),
     ]
@@ -125,10 +139,14 @@ def _text(server: Server, reply: Reply) -> bytes:
     return server.checked(reply) or b""
 
 
-def _committed(server: Server, reply: Reply) -> _Committed:
+def _committed(server: Server, governance: Governance, active: Reply, reply: Reply) -> _Committed:
+    version = server.checked(active)
+    if version is not None and version != b"%d" % governance.version:
+        return _Committed(None, b"", is_active=False)
     position, build = server.checked(reply)
     at = _position(position)
-    return _Committed(at, b"" if at is None else b"%b %b" % (position, build or b""))
+    raw = b"" if at is None else b"%b %b" % (position, build or b"")
+    return _Committed(at, raw, is_active=True)
 
 
 def _position(raw: bytes | None) -> Position | None:
@@ -153,14 +171,15 @@ async def _read_committed(
     server: Server, tenant: str, governance: Governance
 ) -> tuple[GovernanceState, bytes, Head] | None:
     key = keys.projection(tenant, governance.name, governance.version)
-    packed = [pack("HMGET", key, "position", "build", STATE), head_command(tenant)]
+    packed = [pack("HMGET", key, "position", "build", STATE, STOPPED), head_command(tenant)]
     whole, head = (server.checked(reply) for reply in await server.exchange(key, packed, 2))
-    position, build, raw_state = whole
+    position, build, raw_state, raw_stopped = whole
     at = _position(position)
     if at is None or raw_state is None:
         return None
     value = governance.view(orjson.loads(raw_state))
-    state = governance_of(tenant, governance.version, at, value, "committed")
+    stopped = raw_stopped.decode() if raw_stopped else None
+    state = governance_of(tenant, governance.version, at, value, "committed", stopped=stopped)
     return state, b"%b %b" % (position, build or b""), parse_head(tenant, head)
 
 
@@ -179,7 +198,7 @@ def _rolled_back(tenant: str, how: str) -> errors.LedgerRolledBack:
     return errors.LedgerRolledBack(
         f"tenant {tenant}: the governance state {how}",
         hint="the ledger was restored or lost its end: nothing folded so far describes it; "
-        f"govledger rebuild {tenant}",
+        f"govledger rebuild {tenant} --accept-rollback takes it as it is",
         tenant=tenant,
     )
 

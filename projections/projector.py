@@ -1,26 +1,30 @@
-"""Follow → fold → commit → publish, over many tenants.
+"""Follow → fold → commit → publish, over many tenants, by any number of workers.
 
-Wake-ups come from the feed; a slower sweep compares heads with positions and finds what the feed
-lost. Two projectors on one tenant can waste work, never double-count: the commit compares the
-position and the build it began from.
+Wake-ups come from the feed. A slower sweep compares heads with what is committed and published, and
+finds what the feed lost, what was deleted, and what a dead worker left. A tenant is folded by the
+worker that holds its leases (`lease.py`); the commit compares position, build and lease, so two
+workers can waste work and never double-count.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import random
+import secrets
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import aclosing, suppress
 from typing import Final
 
 from ledger import errors, keys
 from ledger.ledger import Ledger
 from ledger.server import pack
-from ledger.stream import Head, head_command, parse_head
-from projections.governance import Governance
+from ledger.stream import head_command, parse_head
+from projections.lease import Leases, worker_name
 from projections.projection import Projection
-from projections.store import FoldStore
+from projections.registry import configured
+from projections.store import FoldStore, Standing
 from projections.tenant_fold import TenantFold
 
 __all__ = ["Projector"]
@@ -29,9 +33,15 @@ PUBLISH_INTERVAL_S: Final = 0.05
 """A busy tenant is published at most 20 times a second."""
 
 SWEEP_INTERVAL_S: Final = 5.0
+"""What the feed lost, or somebody deleted, is found after this, or a second for each thousand
+tenants where that is longer."""
+
+SWEEP_TENANTS: Final = 250
+SWEEP_TENANTS_PER_S: Final = 1000
 FOLDS_AT_ONCE: Final = 8
-HEADS_A_CALL: Final = 1000
+FOLDS_KEPT: Final = 1000
 ATTEMPTS: Final = 5
+HANDOVER_S: Final = 0.05
 _log = logging.getLogger("ledger")
 
 Progress = Callable[[str, int], None]
@@ -46,42 +56,71 @@ def _hinted(fields: Sequence[bytes]) -> str | None:
 
 
 class Projector:
-    """Keeps the state of every tenant folded and published."""
+    """Keeps the state of every tenant folded and published: one worker among any number."""
 
     def __init__(self, ledger: Ledger, projections: Sequence[Projection] = ()) -> None:
-        """`projections`: default `Governance()`."""
+        """`projections`: default ours, and those of GOVLEDGER_PROJECTIONS."""
         self.server = ledger.server
         self.ledger = ledger
-        default: Projection = Governance()
-        self.projections = tuple(projections) or (default,)
+        self.projections = tuple(projections) or configured(self.server.settings)
+        self.worker = worker_name()
         self.stopped: dict[str, errors.LedgerError] = {}
         """Tenants that are not folded any more, and why."""
+        self._leases = Leases(self.server, self.worker, [one.name for one in self.projections])
         self._folds: dict[tuple[str, str], TenantFold] = {}
         self._ttl_seconds = self.server.settings.memory_default_ttl_seconds
         self._dirty: dict[str, None] = {}
         self._woken = asyncio.Event()
         self._busy: set[str] = set()
         self._again: set[str] = set()
+        self._probes: dict[str, list[tuple[FoldStore, list[tuple[str, bytes]]]]] = {}
 
     def _fold_of(self, tenant: str, projection: Projection) -> TenantFold:
+        """The fold in memory, made where there is none; the least recently used one is dropped."""
         key = (tenant, projection.name)
-        if key not in self._folds:
-            store = FoldStore(self.server, tenant, projection)
-            self._folds[key] = TenantFold(self.server, tenant, projection, store)
-        return self._folds[key]
+        fold = self._folds.pop(key, None)
+        if fold is None:
+            store = FoldStore(self.server, tenant, projection, worker=self.worker)
+            fold = TenantFold(self.server, tenant, projection, store)
+            if len(self._folds) >= FOLDS_KEPT * len(self.projections):
+                self._drop_oldest()
+        self._folds[key] = fold
+        return fold
+
+    def _drop_oldest(self) -> None:
+        key = next((key for key in self._folds if key[0] not in self._busy), None)
+        if key is not None:
+            del self._folds[key]
+
+    def store(self, tenant: str, name: str) -> FoldStore:
+        """Where a projection's state is kept.
+
+        Raises:
+            InvalidTenant: no tenant can be called so.
+            NotFound: there is no such projection.
+        """
+        return FoldStore(self.server, keys.checked_tenant(tenant), self._projection(name))
+
+    def _projection(self, name: str) -> Projection:
+        projection = next((one for one in self.projections if one.name == name), None)
+        if projection is None:
+            known = ", ".join(one.name for one in self.projections)
+            raise errors.NotFound(f"no projection is called {name!r}", hint=f"there is: {known}")
+        return projection
 
     # -- once ---------------------------------------------------------------------------------
 
     async def run_once(
         self, tenants: Sequence[str] | None = None, *, on_progress: Progress | None = None
     ) -> dict[str, int]:
-        """Folds, commits and publishes up to the heads of now.
+        """Folds, commits and publishes up to the heads of now. Where another worker folds a
+        tenant, waits until that has come as far.
 
         Args:
             tenants: whose; default: all that are registered.
             on_progress: called with the tenant and the entries just folded.
 
-        Returns: entries folded, by tenant.
+        Returns: entries folded here, by tenant.
 
         Raises:
             LedgerRolledBack: a tenant's ledger is behind, or other than, what was folded.
@@ -95,18 +134,39 @@ class Projector:
         for tenant in names:
             keys.checked_tenant(tenant)
             try:
-                for projection in self.projections:
-                    fold = self._fold_of(tenant, projection)
-                    count = await self._catch_up(fold, on_progress)
-                    await fold.publish(self._ttl_seconds)
-                    folded[tenant] = folded.get(tenant, 0) + count
+                folded[tenant] = await self._fold_tenant_once(tenant, on_progress)
             except errors.LedgerError as error:
                 failed.append(error)
+                await self._show_stopped(tenant, error)
                 if len(names) > 1:
                     _log.error("tenant %s: not folded: %s", tenant, error)
         if failed:
             raise failed[0]
         return folded
+
+    async def _fold_tenant_once(self, tenant: str, on_progress: Progress | None) -> int:
+        goal, folded = await self.ledger.head(tenant), 0
+        while True:
+            try:
+                await self._leases.take(tenant)
+                for projection in self.projections:
+                    fold = self._fold_of(tenant, projection)
+                    if await fold.standing() is Standing.SUPERSEDED:
+                        continue
+                    folded += await self._catch_up(fold, on_progress)
+                    await fold.publish(self._ttl_seconds)
+                await self._leases.release([tenant])
+            except errors.LeaseHeld:
+                if await self._is_folded_to(tenant, goal.seq):
+                    return folded
+                await asyncio.sleep(HANDOVER_S)
+            else:
+                return folded
+
+    async def _is_folded_to(self, tenant: str, seq: int) -> bool:
+        """Whether others have committed at least that far."""
+        stores = [self._fold_of(tenant, projection).store for projection in self.projections]
+        return all([await store.seq() >= seq for store in stores])
 
     async def _catch_up(
         self, fold: TenantFold, on_progress: Progress | None = None, *, pages: int | None = None
@@ -129,6 +189,11 @@ class Projector:
                         enough = pages is not None and folded >= pages * walk.page_entries
                         if enough or fold.seq >= goal:
                             break
+            except errors.LeaseHeld as error:
+                left_ms = error.facts["left_ms"]
+                assert isinstance(left_ms, int)
+                self._leases.lose(fold.tenant, left_ms)
+                raise
             except errors.CommitConflict as error:
                 overtaken = error
                 continue
@@ -143,14 +208,22 @@ class Projector:
 
     async def run(self) -> None:
         """Folds whatever comes, until cancelled; an error stops its tenant, not the others."""
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._listen())
-            tasks.create_task(self._sweep_for_ever())
-            for _ in range(FOLDS_AT_ONCE):
-                tasks.create_task(self._work())
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._listen())
+                tasks.create_task(self._sweep_for_ever())
+                for _ in range(FOLDS_AT_ONCE):
+                    tasks.create_task(self._work())
+        finally:
+            # Others need not wait for leases to expire; where the server is away they will.
+            with suppress(errors.LedgerError, TimeoutError):
+                async with asyncio.timeout(1):
+                    await self._leases.release()
 
     def _wake(self, tenants: Iterable[str]) -> None:
         for tenant in tenants:
+            if self._leases.held_elsewhere(tenant):
+                continue
             if tenant in self._busy:
                 self._again.add(tenant)
             else:
@@ -192,102 +265,186 @@ class Projector:
     async def _fold_fairly(self, tenant: str) -> None:
         """One batch; a tenant with more to fold queues again behind the others."""
         try:
+            if self._rests(tenant):
+                return
+            await self._leases.take(tenant)
             for projection in self.projections:
                 fold = self._fold_of(tenant, projection)
-                wait_s = fold.published_at + PUBLISH_INTERVAL_S - time.monotonic()
-                if wait_s > 0:
-                    asyncio.get_running_loop().call_later(wait_s, self._wake, [tenant])
-                    return
+                if await fold.standing() is Standing.SUPERSEDED:
+                    continue
                 await self._catch_up(fold, pages=1)
                 await fold.publish(self._ttl_seconds)
                 if fold.is_behind:
                     self._wake([tenant])
             if self.stopped.pop(tenant, None):
                 _log.warning("tenant %s: folded again", tenant)
+        except errors.LeaseHeld as error:
+            _log.debug("%s", error)  # its holder has had the same hint
         except errors.CommitConflict:
-            self._wake([tenant])  # another projector is at it; what it leaves is ours
+            self._wake([tenant])  # another projector was at it; what it leaves is ours
         except errors.LedgerError as error:
-            self._stop(tenant, error)
+            await self._stop(tenant, error)
         except Exception as error:  # noqa: BLE001 - logged; it must not stop the other tenants
             _log.exception("tenant %s: a defect in a fold", tenant)
-            self._stop(tenant, errors.ServerError(f"{type(error).__name__}: {error}"))
+            await self._stop(tenant, errors.ServerError(f"{type(error).__name__}: {error}"))
 
-    def _stop(self, tenant: str, error: errors.LedgerError) -> None:
+    def _rests(self, tenant: str) -> bool:
+        """Whether it was published a moment ago; it is woken again when its time has come."""
+        known = [self._folds.get((tenant, one.name)) for one in self.projections]
+        published_at = max([fold.published_at for fold in known if fold], default=0.0)
+        wait_s = published_at + PUBLISH_INTERVAL_S - time.monotonic()
+        if wait_s > 0:
+            asyncio.get_running_loop().call_later(wait_s, self._wake, [tenant])
+        return wait_s > 0
+
+    async def _stop(self, tenant: str, error: errors.LedgerError) -> None:
         """Keeps why a tenant is not folded; it is tried again at each sweep and each hint."""
         if str(self.stopped.get(tenant)) != str(error):
             _log.error("tenant %s: not folded: %s", tenant, error)
         self.stopped[tenant] = error
+        await self._show_stopped(tenant, error)
+
+    async def _show_stopped(self, tenant: str, error: errors.LedgerError) -> None:
+        """Readers see by name what only a person can put right; the server's troubles pass."""
+        if isinstance(error, errors.Unavailable | errors.CommitConflict):
+            return
+        for projection in self.projections:
+            fold = self._fold_of(tenant, projection)
+            try:
+                await fold.show_stopped(type(error).__name__, self._ttl_seconds)
+            except errors.LedgerError as also:
+                _log.warning("tenant %s: readers are not told that it stopped: %s", tenant, also)
+
+    # -- the sweep ----------------------------------------------------------------------------
 
     async def _sweep_for_ever(self) -> None:
         while True:
+            began = time.monotonic()
             try:
-                self._wake(await self.stale_tenants())
+                async for stale in self._stale_batches():
+                    self._wake(stale)
             except errors.LedgerError as error:
                 _log.warning("sweep: %s", error)
-            await asyncio.sleep(SWEEP_INTERVAL_S)
+            rest_s = began + SWEEP_INTERVAL_S - time.monotonic()
+            await asyncio.sleep(max(rest_s, PUBLISH_INTERVAL_S))
 
     async def stale_tenants(self) -> list[str]:
         """Tenants whose head is past what is folded, or whose published copy is gone or ageing."""
+        return [tenant async for batch in self._stale_batches(pause=False) for tenant in batch]
+
+    async def _stale_batches(self, *, pause: bool = True) -> AsyncIterator[list[str]]:
         tenants = await self.ledger.tenants()
-        stale = []
-        for start in range(0, len(tenants), HEADS_A_CALL):
-            stale += await self._stale_among(tenants[start : start + HEADS_A_CALL])
-        return stale
+        random.shuffle(tenants)  # so that several workers do not all begin with the same ones
+        for start in range(0, len(tenants), SWEEP_TENANTS):
+            batch = tenants[start : start + SWEEP_TENANTS]
+            yield await self._stale_among(batch)
+            if pause:
+                await asyncio.sleep(len(batch) / SWEEP_TENANTS_PER_S)
 
     async def _stale_among(self, tenants: Sequence[str]) -> list[str]:
-        asked = []
-        for tenant in tenants:
+        asked: list[tuple[str, bytes]] = []
+        stores = {tenant: self._probes_of(tenant) for tenant in tenants}
+        for tenant, probes in stores.items():
             asked.append((keys.head(tenant), head_command(tenant)))
-            for projection in self.projections:
-                key = keys.published(tenant, projection.name)
-                asked.append((key, pack("TTL", key)))
+            for _, commands in probes:
+                asked += commands
         replies = iter(await self.server.exchange_each(asked))
         stale = []
-        for tenant in tenants:
-            answers = [next(replies) for _ in range(1 + len(self.projections))]
+        for tenant, probes in stores.items():
+            head_reply = next(replies)
+            answers = [(store, [next(replies) for _ in asks]) for store, asks in probes]
             try:
-                head_reply, *ttls = [self.server.checked(answer) for answer in answers]
-                if self._is_stale(tenant, parse_head(tenant, head_reply), ttls):
+                head = parse_head(tenant, self.server.checked(head_reply))
+                current = [one.is_current(head, got, self._ttl_seconds) for one, got in answers]
+                if not all(current) or tenant in self.stopped:
                     stale.append(tenant)
             except errors.LedgerError as error:
-                self._stop(tenant, error)
+                await self._stop(tenant, error)
         return stale
 
-    def _is_stale(self, tenant: str, head: Head, ttls: Sequence[int]) -> bool:
-        folds = [self._fold_of(tenant, projection) for projection in self.projections]
-        if head.seq == 0:
-            return any(fold.seq for fold in folds)
-        ageing = any(ttl == -2 or 0 <= ttl < self._ttl_seconds // 2 for ttl in ttls)
-        behind = any(fold.published_seq != head.seq for fold in folds)
-        return behind or ageing or tenant in self.stopped
+    def _probes_of(self, tenant: str) -> list[tuple[FoldStore, list[tuple[str, bytes]]]]:
+        if tenant not in self._probes:
+            made = [
+                FoldStore(self.server, tenant, one, worker=self.worker) for one in self.projections
+            ]
+            self._probes[tenant] = [(store, store.probe()) for store in made]
+        return self._probes[tenant]
 
     # -- rebuild ------------------------------------------------------------------------------
 
     async def rebuild(
-        self, tenant: str, name: str = "governance", *, on_progress: Progress | None = None
+        self,
+        tenant: str,
+        name: str = "governance",
+        *,
+        accept_rollback: bool = False,
+        on_progress: Progress | None = None,
     ) -> int:
         """Folds a tenant anew from its first entry, beside the state that readers see, and then
         puts the new one in its place in one step; the entries folded.
 
+        Args:
+            tenant: whose.
+            name: which projection.
+            accept_rollback: where the ledger is behind, or other than, what was folded, take it as
+                it is now: a new epoch begins, and what was folded of the old one is dropped.
+            on_progress: called with the tenant and the entries just folded.
+
         Raises:
             NotFound: nothing is recorded for the tenant, or there is no such projection.
+            LedgerRolledBack: it went back, and nobody accepted that.
+            LeaseHeld: it is being rebuilt already.
         """
-        projection = next((one for one in self.projections if one.name == name), None)
-        if projection is None:
-            known = ", ".join(one.name for one in self.projections)
-            raise errors.NotFound(f"no projection is called {name!r}", hint=f"there is: {known}")
+        projection = self._projection(name)
         if not (await self.ledger.head(tenant)).seq:
             raise errors.NotFound(f"tenant {tenant}: nothing is recorded", tenant=tenant)
-        store = FoldStore(self.server, tenant, projection, rebuild=True)
+        live = self._fold_of(tenant, projection)
+        try:
+            await self._check_rollback(live)
+        except errors.LedgerRolledBack:
+            if not accept_rollback:
+                raise
+            await self._begin_epoch(live)
+        store = FoldStore(self.server, tenant, projection, worker=self.worker, rebuild=True)
+        await store.claim()
+        try:
+            return await self._rebuild_beside(live, store, on_progress)
+        finally:
+            await store.release()
+
+    async def _rebuild_beside(
+        self, live: TenantFold, store: FoldStore, on_progress: Progress | None
+    ) -> int:
         await store.discard()
-        fold = TenantFold(self.server, tenant, projection, store)
+        await store.accept_quarantined(await store.quarantined())
+        fold = TenantFold(self.server, live.tenant, live.projection, store)
         fold.published_at = float("inf")  # readers keep the old one until this one is whole
         folded = await self._catch_up(fold, on_progress)
         assert fold.committed is not None
         await store.adopt(fold.committed)
-        self._fold_of(tenant, projection).forget()
+        live.forget()
         published = await store.read_published()
-        head = await self.ledger.head(tenant)
-        ahead = published is not None and published.seq > head.seq  # of a ledger that went back
-        await fold.publish(self._ttl_seconds, force=ahead)
+        head = await self.ledger.head(live.tenant)
+        ahead = published is not None and published.seq > head.seq  # nobody folded that
+        await fold.publish(self._ttl_seconds, replaces="any" if ahead else "equal")
         return folded
+
+    async def _check_rollback(self, live: TenantFold) -> None:
+        """Raises LedgerRolledBack where what is committed cannot be gone on from."""
+        live.forget()
+        walk = await live.begin()
+        async with aclosing(walk.pages()) as pages:
+            async for _ in pages:
+                break  # a walk meets another entry in its place with the first page
+        live.forget()
+
+    async def _begin_epoch(self, live: TenantFold) -> None:
+        """A new epoch, unless the ledger has one that is not what was folded already."""
+        head = await self.ledger.head(live.tenant)
+        committed, _ = await live.store.committed()
+        if committed.position is not None and committed.position.epoch == head.epoch:
+            on = [keys.decisions(live.tenant), keys.head(live.tenant)]
+            new = secrets.token_hex(8)
+            await self.server.function("govledger_begin_epoch", on, head.epoch, new)
+            _log.warning("tenant %s: rollback accepted; epoch %s began", live.tenant, new)
+        live.forget()

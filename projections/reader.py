@@ -23,6 +23,7 @@ from projections.cache import StateCache
 from projections.current import read_entity
 from projections.governance import Governance
 from projections.projection import DECISION_PREFIX, Projection, Unfoldable
+from projections.registry import configured
 from projections.state_model import (
     AgentState,
     EffectiveVerdict,
@@ -69,7 +70,7 @@ class StateReader:
 
         Args:
             ledger: where to read.
-            projections: those that `state` knows; default `Governance()`.
+            projections: those that `state` knows; default ours, and those of GOVLEDGER_PROJECTIONS.
             max_stale_s: how far behind Redis what `governance` returns may be, whatever is lost:
                 a notice, a connection, a reply. A read that takes longer counts as cut off.
             stale_ok: when cut off, return what was read last with `stale=True`, and do not raise.
@@ -81,8 +82,8 @@ class StateReader:
             raise errors.InvalidInput(f"max_stale_s: {max_stale_s} s is no bound", hint="over 0")
         self._server = ledger.server
         self._ledger = ledger
-        default: Projection = Governance()
-        self._projections = {one.name: one for one in tuple(projections) or (default,)}
+        all_of_them = tuple(projections) or configured(self._server.settings)
+        self._projections = {one.name: one for one in all_of_them}
         self._governance = Governance()
         self._stale_ok = stale_ok
         self._cache = StateCache(self._server, self._governance, max_stale_s)
@@ -175,7 +176,8 @@ class StateReader:
 
         It waits while the server is away, and never goes back within an epoch. With `stale_ok` it
         says that it is cut off, by the last state again with `stale=True`. Of several states that
-        came while the caller was at work it gives the latest.
+        came while the caller was at work it gives the latest. Where the projector stopped, or goes
+        on, the state comes once more: `stopped` says so.
 
         Raises:
             LedgerRolledBack: what is folded describes a history that is no more.

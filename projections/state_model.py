@@ -481,6 +481,8 @@ class State(Struct, frozen=True, kw_only=True):
         source: `published`; `committed` where that copy is gone; `folded` by `as_of`.
         head: the ledger's, where it was asked for.
         stale: the reader is cut off, and this is what it read last.
+        stopped: the name of the error that keeps the projector from going on, such as
+            `EntriesMissing`; None where it goes on.
     """
 
     tenant: str = ""
@@ -489,6 +491,7 @@ class State(Struct, frozen=True, kw_only=True):
     source: str = ""
     head: Head | None = None
     stale: bool = False
+    stopped: str | None = None
 
     @property
     def seq(self) -> int:
@@ -624,6 +627,7 @@ class _Metadata(Struct, frozen=True):
     seq: int
     projection: str
     version: int
+    stopped: str | None = None
 
 
 class _GovernanceEnvelope(Struct, frozen=True):
@@ -664,10 +668,18 @@ def _standing(tenant: str, projection: str, value: _S, about: _Metadata) -> _S |
     if about.projection != projection or not (time_ms.isdecimal() and ordinal.isdecimal()):
         return None
     at = Position(about.epoch, about.seq, about.position)
-    return placed(value, tenant, about.version, at, "published")
+    return placed(value, tenant, about.version, at, "published", stopped=about.stopped)
 
 
-def placed(value: _S, tenant: str, version: int, position: Position, source: str) -> _S:
+def placed(
+    value: _S,
+    tenant: str,
+    version: int,
+    position: Position,
+    source: str,
+    *,
+    stopped: str | None = None,
+) -> _S:
     """The value with where it stands, whatever it said of that itself."""
     return msgspec.structs.replace(
         value,
@@ -677,11 +689,19 @@ def placed(value: _S, tenant: str, version: int, position: Position, source: str
         source=source,
         head=None,
         stale=False,
+        stopped=stopped,
     )
 
 
 def governance_of(
-    tenant: str, version: int, position: Position, value: dict[str, Any], source: str
+    tenant: str,
+    version: int,
+    position: Position,
+    value: dict[str, Any],
+    source: str,
+    *,
+    stopped: str | None = None,
 ) -> GovernanceState:
     """The state with this value, which a fold has made."""
-    return placed(msgspec.convert(value, GovernanceState), tenant, version, position, source)
+    state = msgspec.convert(value, GovernanceState)
+    return placed(state, tenant, version, position, source, stopped=stopped)

@@ -1,45 +1,77 @@
-"""Fold state and position, committed together; and the published copy of it.
+"""Fold state and position, committed together under a lease; and the published copy of it.
 
 Exact, in the tenant's own slot, without TTL: the hash `projection:<name>@<version>` has `position`,
 `build` and the entity `state`; every other entity is a field in one of 1,024 bucket hashes beside
 it, by CRC-32 of its name. A small entity costs its JSON and 70 to 110 bytes there.
+
+`projection:active` says which version readers take. A newer one is built beside it and takes over
+when it has caught up; only a command takes it back, and pins it.
 
 A copy, with the guide's TTL: `claude-flow:memory:{tenant}:{name}:state` (without the braces).
 """
 
 from __future__ import annotations
 
+import logging
 import secrets
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Final, NamedTuple
+from enum import StrEnum
+from typing import Any, Final, Literal, NamedTuple
 from zlib import crc32
 
 import orjson
 
 from ledger import errors, keys
 from ledger.server import Server, pack
-from ledger.stream import Position, split_id
+from ledger.stream import Head, Position, read_head, split_id
+from projections.lease import LEASE_MS, lease_held, worker_name
 from projections.projection import STATE, Entities, Projection
 
-__all__ = ["Committed", "FoldStore", "PublishedState", "encode_entity"]
+__all__ = ["Committed", "FoldStore", "PublishedState", "Standing", "encode_entity"]
 
 BUCKETS: Final = 1024
 REBUILD: Final = "rebuild"
+STOPPED: Final = "stopped"
+PINNED: Final = ":pinned"
+_TAIL_BYTES: Final = 400
+_OVERTAKEN, _PUBLISHED, _OTHER_EPOCH, _NOBODY_TOLD = 0, 1, 2, 3
+_log = logging.getLogger("ledger")
+Replaces = Literal["older", "equal", "pinned", "any"]
+"""Which published copy may be replaced beside one that is older: one of the same seq, or of a later
+version than the one that a command pinned."""
 
 
 class Committed(NamedTuple):
-    """Where a projection stands in Redis: no position before its first commit."""
+    """Where a projection stands in Redis: no position before its first commit; `stopped` names
+    the error that kept it from going on.
+    """
 
     position: Position | None
     build: str
+    stopped: str | None = None
 
     @property
     def token(self) -> str:
         """What the next commit must find."""
         return f"{self.position} {self.build}" if self.position else ""
+
+
+class Standing(StrEnum):
+    """What a version of a projection is to readers, and so to those who fold it.
+
+    active      the one they take, or the first one
+    pinned      the one they take by command, whatever later one there is
+    next        newer than the one they take: it takes over when it has caught up
+    superseded  older than the one they take, or newer while an older one is pinned: not folded
+    """
+
+    ACTIVE = "active"
+    PINNED = "pinned"
+    NEXT = "next"
+    SUPERSEDED = "superseded"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +80,7 @@ class PublishedState:
 
     `source` is `published` for the copy under `claude-flow:memory`, `committed` where that copy was
     absent and the exact fold state was read instead. Freshness is `seq` against the head's.
+    `stopped` names the error that keeps the projector from going on, such as `LedgerRolledBack`.
     """
 
     tenant: str
@@ -57,6 +90,7 @@ class PublishedState:
     position: Position
     updated_at: datetime | None
     source: str
+    stopped: str | None = None
 
     @property
     def seq(self) -> int:
@@ -83,11 +117,22 @@ class FoldStore:
     """One tenant's state of one projection, in Redis; with `rebuild` beside the live one."""
 
     def __init__(
-        self, server: Server, tenant: str, projection: Projection, *, rebuild: bool = False
+        self,
+        server: Server,
+        tenant: str,
+        projection: Projection,
+        *,
+        worker: str | None = None,
+        rebuild: bool = False,
     ) -> None:
+        """`worker`: who commits; default: a name that nobody else has."""
         self._server = server
         self.tenant = tenant
         self.projection = projection
+        self._worker = worker or worker_name()
+        name = projection.name
+        self._lease = keys.lease(tenant, f"{name}:{REBUILD}" if rebuild else name)
+        self._active = keys.projection_active(tenant)
         self._live = keys.projection(tenant, projection.name, projection.version)
         self._key = f"{self._live}:{REBUILD}" if rebuild else self._live
         self._quarantine = keys.projection_quarantine(tenant)
@@ -102,15 +147,24 @@ class FoldStore:
         Where one of them is gone, what is left of the others is deleted, and a new build begins:
         a fold on top of leftovers would count them again.
         """
-        position, build, state = await self._server.command(
-            self._key, "HMGET", self._key, "position", "build", STATE
+        position, build, state, stopped = await self._server.command(
+            self._key, "HMGET", self._key, "position", "build", STATE, STOPPED
         )
         try:
             at = Position.parse(position.decode())
-            return Committed(at, build.decode()), orjson.loads(state)
+            why = stopped.decode() if stopped else None
+            return Committed(at, build.decode(), why), orjson.loads(state)
         except (AttributeError, TypeError, ValueError):
             await self.discard()
             return Committed(None, secrets.token_hex(4)), {}
+
+    async def seq(self) -> int:
+        """The last ordinal that is committed; 0 where nothing is."""
+        raw = await self._server.command(self._key, "HGET", self._key, "position")
+        try:
+            return Position.parse(raw.decode()).seq if raw else 0
+        except ValueError:
+            return 0
 
     async def load(self, names: Iterable[str]) -> Entities:
         """The named entities that exist."""
@@ -135,8 +189,9 @@ class FoldStore:
 
         Raises:
             CommitConflict: the committed position is not `before` any more.
+            LeaseHeld: another worker folds this tenant now.
         """
-        on: list[str] = [self._key]
+        on: list[str] = [self._key, self._lease]
         fields: list[bytes | str | int] = []
         for name, entity in changed.items():
             on.append(self._key if name == STATE else self._bucket(name))
@@ -147,18 +202,32 @@ class FoldStore:
         after = Committed(position, before.build)
         try:
             await self._server.function(
-                "govledger_commit", on, before.token, str(position), before.build, *fields
+                "govledger_commit",
+                on,
+                before.token,
+                str(position),
+                before.build,
+                self._worker,
+                LEASE_MS,
+                *fields,
             )
         except errors.ServerError as error:
-            found = error.message.partition("LEDGERPOSITION ")[2]
-            if not found and "LEDGERPOSITION" not in error.message:
-                raise
-            raise errors.CommitConflict(
-                f"tenant {self.tenant}: {self.projection.name} is committed at {found or 'nothing'}"
-                f", this fold began at {before.token or 'nothing'}",
-                hint="another projector folds this tenant too; it goes on from there",
-            ) from None
+            raise self._conflict(before, error) or error from None
         return after
+
+    def _conflict(self, before: Committed, error: errors.ServerError) -> errors.LedgerError | None:
+        _, lease, facts = error.message.partition("LEDGERLEASE ")
+        if lease:
+            left_ms, _, holder = facts.partition(" ")
+            return lease_held(self.tenant, self.projection.name, holder, int(left_ms))
+        _, position, found = error.message.partition("LEDGERPOSITION")
+        if not position:
+            return None
+        return errors.CommitConflict(
+            f"tenant {self.tenant}: {self.projection.name} is committed at "
+            f"{found.strip() or 'nothing'}, this fold began at {before.token or 'nothing'}",
+            hint="another projector folds this tenant too; it goes on from there",
+        )
 
     async def publish(
         self,
@@ -166,31 +235,47 @@ class FoldStore:
         state: dict[str, Any],
         ttl_seconds: int,
         *,
-        force: bool = False,
+        replaces: Replaces = "older",
+        stopped: str | None = None,
     ) -> bool:
-        """Puts the copy that readers take; False where a later one is there already."""
+        """Puts the copy that readers take; False where one is there that it may not replace.
+
+        A copy of another epoch is replaced once the ledger has been asked whether ours is the one
+        that it has.
+        """
         position = committed.position
         assert position is not None
-        metadata = {
+        args: list[bytes | str | int] = [
+            encode_entity(self.projection.view(state)),
+            iso_ms(time.time_ns() // 1_000_000),
+            position.epoch,
+            position.seq,
+            self.projection.version,
+            self._metadata(position, stopped),
+            ttl_seconds,
+        ]
+        on = [self._published]
+        answer = await self._server.function("govledger_publish", on, *args, replaces)
+        if answer == _OTHER_EPOCH:
+            head = await read_head(self._server, self.tenant)
+            if head.epoch == position.epoch:
+                answer = await self._server.function("govledger_publish", on, *args, "any")
+        if answer == _NOBODY_TOLD:
+            _log.debug(
+                "readers are not told of %s, and notice it later: grant the ACL's &%s",
+                *(self._published, self._published),
+            )
+        return bool(answer in (_PUBLISHED, _NOBODY_TOLD))
+
+    def _metadata(self, position: Position, stopped: str | None) -> bytes:
+        about: dict[str, Any] = {
             "epoch": position.epoch,
             "position": position.entry_id,
             "seq": position.seq,
             "projection": self.projection.name,
             "version": self.projection.version,
         }
-        value = encode_entity(self.projection.view(state))
-        answer = await self._server.function(
-            "govledger_publish",
-            [self._published],
-            value,
-            iso_ms(time.time_ns() // 1_000_000),
-            position.epoch,
-            position.seq,
-            orjson.dumps(metadata),
-            ttl_seconds,
-            int(force),
-        )
-        return bool(answer)
+        return orjson.dumps(about | ({STOPPED: stopped} if stopped else {}))
 
     async def discard(self) -> None:
         """Deletes everything that this store has committed."""
@@ -203,15 +288,129 @@ class FoldStore:
         on = [key for pair in pairs for key in pair]
         await self._server.function("govledger_adopt", on, committed.token)
 
+    async def claim(self) -> None:
+        """Takes the lease before the first commit does.
+
+        Raises:
+            LeaseHeld: another worker holds it.
+        """
+        ((holder, left_ms),) = await self._server.function(
+            "govledger_lease", [self._lease], self._worker, LEASE_MS
+        )
+        if holder:
+            raise lease_held(self.tenant, self.projection.name, holder.decode(), left_ms)
+
+    async def release(self) -> None:
+        """Gives the lease back, if it is ours."""
+        await self._server.function("govledger_release", [self._lease], self._worker)
+
+    # -- quarantine ---------------------------------------------------------------------------
+
+    async def quarantined(self) -> dict[int, str]:
+        """By seq, why this version could not fold an entry; in order."""
+        prefix = f"{self.projection.name}@{self.projection.version}:"
+        raw = await self._server.command(self._quarantine, "HGETALL", self._quarantine)
+        pairs = raw.items() if isinstance(raw, dict) else zip(raw[::2], raw[1::2], strict=True)
+        named = {field.decode(): reason.decode(errors="replace") for field, reason in pairs}
+        own = {name.removeprefix(prefix): why for name, why in named.items() if prefix in name}
+        return {int(seq): own[seq] for seq in sorted(own, key=int)}
+
+    async def accept_quarantined(self, seqs: Iterable[int]) -> int:
+        """Takes entries off the list, and nothing else: what they meant is in no count."""
+        name, version = self.projection.name, self.projection.version
+        fields = [f"{name}@{version}:{seq}" for seq in seqs]
+        if not fields:
+            return 0
+        return int(await self._server.command(self._quarantine, "HDEL", self._quarantine, *fields))
+
     def _all_keys(self) -> list[str]:
         return [self._key, *(f"{self._key}:{n}" for n in range(BUCKETS))]
 
+    # -- versions -----------------------------------------------------------------------------
+
+    def standing_command(self) -> bytes:
+        """What `standing_of` reads the reply of."""
+        name = self.projection.name
+        return pack("HMGET", self._active, name, name + PINNED)
+
+    def standing_of(self, reply: Sequence[bytes | None]) -> Standing:
+        """What this version is to readers."""
+        active, pinned = reply
+        try:
+            version = int(active) if active is not None else self.projection.version
+        except ValueError:  # somebody else wrote there
+            version = self.projection.version
+        if version == self.projection.version:
+            return Standing.ACTIVE if pinned is None else Standing.PINNED
+        if version > self.projection.version or pinned is not None:
+            return Standing.SUPERSEDED
+        return Standing.NEXT
+
+    async def standing(self) -> Standing:
+        """What this version is to readers now."""
+        (reply,) = await self._server.exchange(self._active, [self.standing_command()], 1)
+        return self.standing_of(self._server.checked(reply))
+
     async def activate(self) -> None:
-        """Makes readers take this version, unless they take a later one already."""
-        key, name = keys.projection_active(self.tenant), self.projection.name
-        active = await self._server.command(key, "HGET", key, name)
-        if active is None or int(active) < self.projection.version:
-            await self._server.command(key, "HSET", key, name, self.projection.version)
+        """Makes readers take this version."""
+        name, version = self.projection.name, self.projection.version
+        await self._server.command(self._active, "HSET", self._active, name, version)
+
+    async def pin(self, version: int) -> None:
+        """Makes readers take that version, and keeps a later one from taking over by itself,
+        unless this release folds no later one.
+        """
+        name = self.projection.name
+        set_it = pack("HSET", self._active, name, version)
+        if version < self.projection.version:
+            mark = pack("HSET", self._active, name + PINNED, 1)
+        else:
+            mark = pack("HDEL", self._active, name + PINNED)
+        for reply in await self._server.exchange(self._active, [set_it, mark], 2):
+            self._server.checked(reply)
+
+    # -- what stops a fold --------------------------------------------------------------------
+
+    async def mark_stopped(self, reason: str | None) -> None:
+        """Keeps by the committed state why it is not folded any further; None: it is again."""
+        if reason is None:
+            await self._server.command(self._key, "HDEL", self._key, STOPPED)
+        else:
+            await self._server.command(self._key, "HSET", self._key, STOPPED, reason)
+
+    # -- what a sweep asks, and who looks ------------------------------------------------------
+
+    def status_commands(self) -> list[tuple[str, bytes]]:
+        """Standing, then position and why it stopped, the lease's holder, and the quarantine."""
+        return [
+            (self._active, self.standing_command()),
+            (self._key, pack("HMGET", self._key, "position", STOPPED)),
+            (self._lease, pack("GET", self._lease)),
+            (self._quarantine, pack("HKEYS", self._quarantine)),
+        ]
+
+    def probe(self) -> list[tuple[str, bytes]]:
+        """Commands, each with its key, whose replies `is_current` reads: no entity is loaded."""
+        return [
+            (self._active, self.standing_command()),
+            (self._key, pack("HGET", self._key, "position")),
+            (self._published, pack("GETRANGE", self._published, -_TAIL_BYTES, -1)),
+            (self._published, pack("TTL", self._published)),
+        ]
+
+    def is_current(self, head: Head, replies: Sequence[Any], ttl_seconds: int) -> bool:
+        """Whether nothing is to be done: folded to the head, published so, and not ageing."""
+        standing, committed, tail, ttl = replies
+        if self.standing_of(standing) is Standing.SUPERSEDED:
+            return True
+        if not head.seq:
+            return committed is None
+        if committed != str(head.position).encode() or self.standing_of(standing) is Standing.NEXT:
+            return False
+        if isinstance(tail, Exception):  # another type of key
+            return False
+        ageing = ttl == -2 or 0 <= ttl < ttl_seconds // 2
+        return bool(tail.endswith(b"%b}" % self._metadata(head.position, None))) and not ageing
 
     async def read_published(self) -> PublishedState | None:
         """The published copy; None where it is absent or not in the envelope's form."""
@@ -225,8 +424,8 @@ class FoldStore:
 
     async def read_committed(self) -> PublishedState | None:
         """The exact state as it was last committed."""
-        position, state = await self._server.command(
-            self._key, "HMGET", self._key, "position", STATE
+        position, state, stopped = await self._server.command(
+            self._key, "HMGET", self._key, "position", STATE, STOPPED
         )
         if position is None:
             return None
@@ -238,6 +437,7 @@ class FoldStore:
             position=Position.parse(position.decode()),
             updated_at=None,
             source="committed",
+            stopped=stopped.decode() if stopped else None,
         )
 
 
@@ -257,6 +457,7 @@ def parse_envelope(tenant: str, raw: bytes) -> PublishedState | None:
             position=Position(about["epoch"], about["seq"], about["position"]),
             updated_at=datetime.fromisoformat(envelope["updatedAt"]),
             source="published",
+            stopped=about.get(STOPPED),
         )
     except (AttributeError, KeyError, TypeError, ValueError):
         return None

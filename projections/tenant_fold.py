@@ -20,7 +20,7 @@ from projections.projection import (
     Projection,
     Unfoldable,
 )
-from projections.store import Committed, FoldStore
+from projections.store import Committed, FoldStore, Replaces, Standing
 from projections.subjects import Subjects, latest
 
 __all__ = ["TenantFold"]
@@ -28,6 +28,7 @@ __all__ = ["TenantFold"]
 ENTITIES_KEPT: Final = 4096
 """Beside those of the page at hand; up to twice as many."""
 
+STANDING_S: Final = 5.0
 _log = logging.getLogger("ledger")
 
 
@@ -63,7 +64,9 @@ class TenantFold:
         self.store = store
         self.committed: Committed | None = None
         self.published_at = 0.0
-        self.published_seq = -1
+        self._standing: tuple[Standing, float] | None = None
+        self._left: Committed | None = None
+        self._marked: str | None = None
         self._server = server
         self._walk: Walk | None = None
         self._entities: dict[str, dict[str, Any]] = {}
@@ -86,6 +89,7 @@ class TenantFold:
 
     def forget(self) -> None:
         """Drops what is in memory: the next fold begins from what is committed."""
+        self._left = self.committed or self._left
         self.committed = self._walk = None
         self._entities.clear()
         self._subjects.forget()
@@ -98,6 +102,7 @@ class TenantFold:
         """
         if self._walk is None or self.committed is None:
             self.committed, state = await self.store.committed()
+            self._left, self._marked = self.committed, self.committed.stopped
             self._entities.clear()
             if state:
                 self._entities[STATE] = state
@@ -215,14 +220,48 @@ class TenantFold:
         if state is not None:
             self._entities[STATE] = state
 
-    async def publish(self, ttl_seconds: int, *, force: bool = False) -> None:
-        """Puts the copy that readers take."""
+    async def standing(self) -> Standing:
+        """What this version is to readers; asked again after STANDING_S."""
+        now = time.monotonic()
+        if self._standing is None or now - self._standing[1] > STANDING_S:
+            self._standing = await self.store.standing(), now
+        return self._standing[0]
+
+    async def publish(self, ttl_seconds: int, *, replaces: Replaces = "older") -> None:
+        """Puts the copy that readers take, if this is the version that they take. A newer one
+        takes over here, when it has caught up; the first one at once.
+        """
         if self.committed is None or self.committed.position is None:
             return
-        await self.store.publish(self.committed, self.state, ttl_seconds, force=force)
-        if self.published_seq < 0:
+        standing = await self.standing()
+        if standing is Standing.SUPERSEDED or (standing is Standing.NEXT and self.is_behind):
+            return
+        if standing is Standing.PINNED and replaces == "older":
+            replaces = "pinned"
+        await self.store.publish(self.committed, self.state, ttl_seconds, replaces=replaces)
+        if standing is Standing.NEXT or not self.published_at:
             await self.store.activate()
-        self.published_at, self.published_seq = time.monotonic(), self.seq
+            self._standing = None
+        if self._marked is not None:
+            await self.store.mark_stopped(None)
+            self._marked = None
+        self.published_at = time.monotonic()
+
+    async def show_stopped(self, reason: str, ttl_seconds: int) -> None:
+        """Tells readers why what they read does not go on; the next publish takes it back."""
+        if self._marked == reason:
+            return
+        committed, state = await self.store.committed()
+        if self._left is None or committed.token != self._left.token:  # others go on with it
+            return
+        if committed.position is None:
+            return
+        await self.store.mark_stopped(reason)
+        if await self.standing() in (Standing.ACTIVE, Standing.PINNED):
+            await self.store.publish(
+                committed, state, ttl_seconds, replaces="equal", stopped=reason
+            )
+        self._marked = reason
 
 
 def _apply_each(

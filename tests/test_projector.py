@@ -121,9 +121,10 @@ async def test_fold_in_any_pages_is_the_same_bytes(ledger, tenant):
     events.append(Outcome(decision_id="d-never", outcome="failed"))
     await ledger.append_many(tenant, events)
     wholes = []
+    projector = Projector(ledger, [Counter()])
+    fold = projector._fold_of(tenant, projector.projections[0])
     for page_entries in (1000, 7, 1):
-        projector = Projector(ledger, [Counter()])
-        fold = projector._fold_of(tenant, projector.projections[0])
+        fold.forget()
         await fold.store.discard()
         while fold.seq < len(events):
             walk = await fold.begin()
@@ -244,9 +245,13 @@ async def test_rolled_back_ledger_stops_its_tenant_by_name(ledger, server, tenan
     async with running(projector):
         receipt = await ledger.append(other, decision(1))
         await StateReader(ledger, [Counter()]).state(other, "counter", at_least=receipt)
-    await projector.rebuild(tenant, "counter")
+    with pytest.raises(errors.LedgerRolledBack, match="folded to"):
+        await projector.rebuild(tenant, "counter")
+    stopped = await StateReader(ledger, [Counter()]).state(tenant, "counter")
+    assert (stopped.stopped, stopped.seq) == ("LedgerRolledBack", 5)
+    await projector.rebuild(tenant, "counter", accept_rollback=True)
     state = await StateReader(ledger, [Counter()]).state(tenant, "counter")
-    assert (state.seq, state.value) == (1, {"allow": 1})
+    assert (state.seq, state.value, state.stopped) == (1, {"allow": 1}, None)
 
 
 async def test_hole_stops_the_fold(ledger, server, tenant):
@@ -363,9 +368,9 @@ async def test_damaged_head_stops_its_tenant_alone(ledger, server, tenant, damag
     reader = StateReader(ledger, [Counter()])
     assert (await reader.state(other, "counter")).value == {"allow": 1}
     live = Projector(ledger, [Counter()])
-    assert other in await live._stale_among([tenant, other])
+    receipt = await ledger.append(other, decision(2))
+    assert await live._stale_among([tenant, other]) == [other]
     async with running(live):
-        receipt = await ledger.append(other, decision(2))
         await reader.state(other, "counter", at_least=receipt)
 
 

@@ -1,14 +1,16 @@
-"""The commands that derive and run: state, project, rebuild, reindex, dev."""
+"""The commands that derive and run: state, project, rebuild, reindex, projections, dev."""
 
 from __future__ import annotations
 
 import asyncio
 import sys
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ledger import keys
 from ledger.service import terminal
 from ledger.service.command import (
     Json,
@@ -20,7 +22,12 @@ from ledger.service.command import (
     example,
     print_json,
     print_lines,
+    usage,
 )
+
+if TYPE_CHECKING:
+    from ledger import Head
+    from projections import Projector
 
 __all__: list[str] = []
 
@@ -75,35 +82,58 @@ def state(
 # -- project, rebuild, reindex -----------------------------------------------------------------
 
 
-@app.command(epilog=example("govledger project --once", "govledger project"))
+@app.command(
+    epilog=example("govledger project --once", "govledger project", "govledger project --workers 4")
+)
 def project(
     *,
     once: Annotated[
         bool, typer.Option("--once", help="Fold what there is now, print how much, and end.")
     ] = False,
+    workers: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            min=1,
+            max=64,
+            help="How many processes; they share all tenants. One that dies is started again.",
+        ),
+    ] = 1,
+    until_eof: Annotated[bool, typer.Option("--until-eof", hidden=True)] = False,
     url: Url = None,
     as_json: Json = False,
 ) -> None:
     """Fold what is recorded into each tenant's state, until stopped.
 
-    SIGTERM and Ctrl-C end it. Any number may run; two on one tenant waste work and never count
-    twice.
+    SIGTERM and Ctrl-C end it. Any number may run, on any number of machines: each tenant is folded
+    by one of them at a time, and a dead one's tenants are taken over within 10 seconds.
     """
+    if once and workers > 1:
+        raise usage("project", "--once folds in this process: leave --workers out")
     terminal.spare_gc()
-    terminal.run(_project_once(url, as_json=as_json) if once else _project(url, as_json=as_json))
+    if once:
+        terminal.run(_project_once(url, as_json=as_json))
+    else:
+        terminal.run(_project(url, workers, until_eof=until_eof, as_json=as_json))
 
 
-async def _project(url: str | None, *, as_json: bool) -> None:
-    from ledger.service.operate import ends_on_sigterm, run_projector
+async def _project(url: str | None, workers: int, *, until_eof: bool, as_json: bool) -> None:
+    from ledger.service.operate import ends_on_eof, ends_on_sigterm, prepare, run_projector
+    from ledger.service.workers import run_workers
 
-    async with ends_on_sigterm(), connect(url) as ledger:
+    ends = ends_on_eof if until_eof else nullcontext
+    async with ends_on_sigterm(), ends(), connect(url) as ledger:
         address = ledger.server.address
+        await prepare(ledger)
         if as_json:
-            print_json({"projecting": address})
+            print_json({"projecting": address, "workers": workers})
             sys.stdout.flush()
-        else:
+        elif not until_eof:
             terminal.say(f"projecting {address}; Ctrl-C ends it")
-        await run_projector(ledger)
+        if workers > 1:
+            await run_workers(ledger.server.settings, workers)
+        else:
+            await run_projector(ledger)
 
 
 async def _project_once(url: str | None, *, as_json: bool) -> None:
@@ -126,13 +156,25 @@ async def _project_once(url: str | None, *, as_json: bool) -> None:
 def rebuild(
     tenant: TenantName,
     *,
-    projection: ProjectionName = "governance",
+    projection: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", show_default=False, help="Only this. Default: all."),
+    ] = None,
+    accept_rollback: Annotated[
+        bool,
+        typer.Option(
+            "--accept-rollback",
+            help="The ledger went back (a failover, a restored file) and that is known: take it as "
+            "it is now. A new epoch begins, so that nothing of the old one is taken for its "
+            "continuation.",
+        ),
+    ] = False,
     url: Url = None,
     as_json: Json = False,
 ) -> None:
     """Fold a tenant's state anew from its first entry.
 
-    Readers see the old state until the new one is whole.
+    Readers see the old state until the new one is whole. What could not be folded is tried again.
     """
     terminal.spare_gc()
 
@@ -140,15 +182,15 @@ def rebuild(
         from projections import Projector
 
         async with connect(url) as ledger:
+            projector = Projector(ledger)
+            names = [projection] if projection else [one.name for one in projector.projections]
             head = await ledger.head(tenant)
-            with terminal.progress("folding", head.seq) as advance:
-                count = await Projector(ledger).rebuild(
-                    tenant, projection, on_progress=lambda _, done: advance(done)
-                )
-        if as_json:
-            print_json({"tenant": tenant, "projection": projection, "folded": count})
-        else:
-            print_lines(f"{tenant}: {projection} folded anew, {count} entries")
+            for name in names:
+                count = await _rebuild_one(projector, head, name, accept_rollback=accept_rollback)
+                if as_json:
+                    print_json({"tenant": tenant, "projection": name, "folded": count})
+                else:
+                    print_lines(f"{tenant}: {name} folded anew, {count} entries")
 
     terminal.run(work())
 
@@ -169,6 +211,126 @@ def reindex(tenant: TenantName, *, url: Url = None, as_json: Json = False) -> No
             print_json({"tenant": tenant, "indexed": count})
         else:
             print_lines(f"{tenant}: {count} entries indexed")
+
+    terminal.run(work())
+
+
+async def _rebuild_one(
+    projector: Projector, head: Head, name: str, *, accept_rollback: bool
+) -> int:
+    with terminal.progress(f"folding {name}", head.seq) as advance:
+        return await projector.rebuild(
+            head.tenant,
+            name,
+            accept_rollback=accept_rollback,
+            on_progress=lambda _, done: advance(done),
+        )
+
+
+# -- projections -------------------------------------------------------------------------------
+
+
+@app.command(epilog=example("govledger projections", "govledger projections acgs-dev --json"))
+def projections(
+    tenant: Annotated[str | None, typer.Argument(metavar="TENANT", show_default=False)] = None,
+    *,
+    url: Url = None,
+    as_json: Json = False,
+) -> None:
+    """List each tenant's projections: version, position, lag, worker, quarantine.
+
+    The lag in seconds is how long ago the first entry was recorded that is not folded. A worker is
+    shown while it folds and for 5 seconds after.
+    """
+
+    async def work() -> None:
+        from ledger.service.render import table
+        from ledger.service.state import STATUS_HEADER, status_json, status_row
+        from projections.registry import configured
+        from projections.status import statuses
+
+        async with connect(url) as ledger:
+            names = [keys.checked_tenant(tenant)] if tenant else await ledger.tenants()
+            every = configured(ledger.server.settings)
+            found = [one async for one in statuses(ledger, names, every)]
+        if as_json:
+            for one in found:
+                print_json(status_json(one))
+        else:
+            print_lines(*table(STATUS_HEADER, [status_row(one) for one in found]))
+
+    terminal.run(work())
+
+
+@app.command(
+    epilog=example("govledger quarantine acgs-dev", "govledger quarantine acgs-dev --accept 17")
+)
+def quarantine(
+    tenant: TenantName,
+    *,
+    projection: ProjectionName = "governance",
+    accept: Annotated[
+        list[int] | None,
+        typer.Option(
+            metavar="SEQ",
+            show_default=False,
+            help="Take this one off the list; may be repeated. No count changes by that.",
+        ),
+    ] = None,
+    url: Url = None,
+    as_json: Json = False,
+) -> None:
+    """List the entries that a projection could not fold, and why.
+
+    They are in the record, and counted in the state as quarantined. `govledger rebuild` tries them
+    again, with a release that can read them.
+    """
+
+    async def work() -> None:
+        from ledger.service.render import table
+        from projections import Projector
+
+        async with connect(url) as ledger:
+            store = Projector(ledger).store(tenant, projection)
+            if accept:
+                accepted = await store.accept_quarantined(accept)
+                if accepted < len(set(accept)):
+                    terminal.say(f"warning: {len(set(accept)) - accepted} of them are not there")
+            found = await store.quarantined()
+        if as_json:
+            for seq, reason in found.items():
+                print_json({"tenant": tenant, "seq": seq, "reason": reason})
+        else:
+            print_lines(*table(("seq", "reason"), list(found.items())))
+
+    terminal.run(work())
+
+
+@app.command(epilog=example("govledger activate acgs-dev governance 1"))
+def activate(
+    tenant: TenantName,
+    projection: Annotated[str, typer.Argument(metavar="PROJECTION", show_default=False)],
+    version: Annotated[int, typer.Argument(metavar="VERSION", min=1, show_default=False)],
+    *,
+    url: Url = None,
+    as_json: Json = False,
+) -> None:
+    """Make readers take a version of a projection.
+
+    A newer version takes over by itself when it has caught up; going back takes this command, and
+    keeps the newer one out until this command names it. A projector of a release that folds the
+    version must run.
+    """
+
+    async def work() -> None:
+        from projections import Projector
+
+        async with connect(url) as ledger:
+            await Projector(ledger).store(tenant, projection).pin(version)
+        if as_json:
+            print_json({"tenant": tenant, "projection": projection, "version": version})
+        else:
+            print_lines(f"{tenant}: readers take {projection}@{version}")
 
     terminal.run(work())
 

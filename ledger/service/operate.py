@@ -18,7 +18,14 @@ from ledger.ledger import Ledger
 from ledger.settings import load_settings
 from projections import Projector
 
-__all__ = ["DevServer", "default_data_dir", "ends_on_sigterm", "prepare", "run_projector"]
+__all__ = [
+    "DevServer",
+    "default_data_dir",
+    "ends_on_eof",
+    "ends_on_sigterm",
+    "prepare",
+    "run_projector",
+]
 
 PREPARE_INTERVAL_S: Final = 600.0
 """Settings change while a server runs, and an attestation expires after a day."""
@@ -48,6 +55,31 @@ async def ends_on_sigterm() -> AsyncIterator[None]:
         task.uncancel()
     finally:
         loop.remove_signal_handler(signal.SIGTERM)
+
+
+@asynccontextmanager
+async def ends_on_eof() -> AsyncIterator[None]:
+    """The end of standard input cancels the block: whoever started this process has ended."""
+    task, ended = asyncio.current_task(), False
+    assert task is not None
+
+    def read() -> None:
+        nonlocal ended
+        if not os.read(0, 4096):
+            ended = True
+            loop.remove_reader(0)
+            task.cancel()
+
+    loop = asyncio.get_running_loop()
+    loop.add_reader(0, read)
+    try:
+        yield
+    except asyncio.CancelledError:
+        if not ended:
+            raise
+        task.uncancel()
+    finally:
+        loop.remove_reader(0)
 
 
 async def prepare(ledger: Ledger) -> None:

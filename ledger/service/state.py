@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Any
+from typing import Any, Final
 
 import orjson
 
@@ -11,8 +11,14 @@ from ledger.service.render import time_text
 from ledger.service.terminal import printable
 from ledger.stream import Head
 from projections import PublishedState
+from projections.status import Status
 
-__all__ = ["state_json", "state_lines"]
+__all__ = ["STATUS_HEADER", "state_json", "state_lines", "status_json", "status_row"]
+
+STATUS_HEADER: Final = (
+    *("tenant", "projection", "readers", "seq", "behind", "seconds", "worker", "quarantined"),
+    "stopped",
+)
 
 
 def state_json(found: PublishedState, head: Head) -> dict[str, Any]:
@@ -35,6 +41,7 @@ def state_json(found: PublishedState, head: Head) -> dict[str, Any]:
         "head_seq": head.seq,
         "behind": _behind(found, head),
         "source": found.source,
+        "stopped": found.stopped,
         "value": found.value,
     }
 
@@ -45,6 +52,8 @@ def state_lines(found: PublishedState, head: Head) -> list[str]:
     stands = f"{behind} entries behind" if behind else "up to date"
     if behind is None:
         stands = "of an earlier epoch of the ledger"
+    if found.stopped:
+        stands = f"{stands}; stopped: {found.stopped}"
     lines = [
         f"{found.tenant}: {found.projection}@{found.version}, folded to seq {found.seq}, {stands}",
         f"last entry folded: {_recorded_at(found)}, {_age(found.age_seconds)} ago",
@@ -53,6 +62,39 @@ def state_lines(found: PublishedState, head: Head) -> list[str]:
         return [*lines, *(printable(line) for line in _governance(found.value))]
     shown = orjson.dumps(found.value, option=orjson.OPT_INDENT_2).decode()
     return [*lines, *(printable(line) for line in shown.splitlines())]
+
+
+def status_json(one: Status) -> dict[str, Any]:
+    """One projection of one tenant: `position` is null where nothing is folded."""
+    return {
+        "tenant": one.tenant,
+        "projection": one.projection,
+        "version": one.version,
+        "standing": one.standing,
+        "position": str(one.position) if one.position else None,
+        "seq": one.position.seq if one.position else 0,
+        "head_seq": one.head_seq,
+        "lag_entries": one.lag_entries,
+        "lag_seconds": one.lag_seconds,
+        "worker": one.worker,
+        "quarantined": one.quarantined,
+        "stopped": one.stopped,
+    }
+
+
+def status_row(one: Status) -> tuple[object, ...]:
+    """The same, as a row below STATUS_HEADER."""
+    return (
+        one.tenant,
+        f"{one.projection}@{one.version}",
+        one.standing,
+        one.position.seq if one.position else 0,
+        one.lag_entries,
+        f"{one.lag_seconds:.1f}",
+        one.worker,
+        one.quarantined,
+        one.stopped,
+    )
 
 
 def _behind(found: PublishedState, head: Head) -> int | None:
