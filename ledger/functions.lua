@@ -432,9 +432,23 @@ local function release(keys, args)
   return released
 end
 
--- KEYS: a projection's hash, its lease, then its buckets and the quarantine. ARGV: protocol, position
--- and build folded from ('' = none), position folded to, build, worker, lease in ms, then triples:
--- number of the key in KEYS, field, value.
+-- A snapshot has `state` as it was, and under `e:<name>` what another entity was before its first change
+-- since (empty: it was not there), until the next snapshot is made. So an entity at a snapshot is the
+-- first value found there, in the later ones, in the bucket. `build` says that nothing was lost of it.
+local FIRST_TRIPLE = 9
+local function keep_previous(keys, args, latest, entities)
+  if latest == 0 or entities == 0 or call('HGET', keys[latest], 'build') ~= args[4] then return end
+  for i = FIRST_TRIPLE, FIRST_TRIPLE + 3 * (entities - 1), 3 do
+    local before = call('HGET', keys[tonumber(args[i])], args[i + 1])
+    call('HSETNX', keys[latest], 'e:' .. args[i + 1], before or '')
+  end
+end
+
+-- KEYS: a projection's hash, its lease, then its buckets, the quarantine and snapshots. ARGV: protocol,
+-- position and build folded from ('' = none), position folded to, build, worker, lease in ms, snapshots,
+-- state for a new one, then triples: number of the key in KEYS, field, value. Snapshots: number of the
+-- latest one's key, how many of the triples come first and change entities, numbers of the new one's
+-- key and of the list's, its seq; each 0 where there is none.
 local function commit(keys, args)
   local refusal = protocol_refusal(args[1])
   if refusal then return refusal end
@@ -442,11 +456,42 @@ local function commit(keys, args)
   if committed ~= args[2] then return refuse('LEDGERPOSITION', committed) end
   local holder, left_ms = take_lease(keys[2], args[5], args[6])
   if holder then return refuse('LEDGERLEASE', left_ms, holder) end
+  local latest, entities, new, list, seq = string.match(args[7], '^(%d+) (%d+) (%d+) (%d+) (%d+)$')
+  keep_previous(keys, args, tonumber(latest), tonumber(entities))
   call('HSET', keys[1], 'position', args[3], 'build', args[4])
-  for i = 7, #args, 3 do
+  for i = FIRST_TRIPLE, #args, 3 do
     call('HSET', keys[tonumber(args[i])], args[i + 1], args[i + 2])
   end
+  if new ~= '0' then
+    call('DEL', keys[tonumber(new)])
+    call('HSET', keys[tonumber(new)], 'state', args[8], 'position', args[3], 'build', args[4])
+    call('HSET', keys[tonumber(list)], seq, args[3] .. ' ' .. args[4])
+  end
   return 1
+end
+
+-- Drops a snapshot. What it has of entities goes to the one before it, a part at each call; it ceases
+-- to be a place to begin from at the first. KEYS: lease, list of snapshots, the one to drop, the one
+-- before it where there is one. ARGV: protocol, worker, lease in ms, seq, cursor ('0' at first), how
+-- many fields to move. Answers the next call's cursor, or an empty one where nothing is left.
+local function drop_snapshot(keys, args)
+  local refusal = protocol_refusal(args[1])
+  if refusal then return refusal end
+  local holder, left_ms = take_lease(keys[1], args[2], args[3])
+  if holder then return refuse('LEDGERLEASE', left_ms, holder) end
+  if keys[4] then
+    call('HSET', keys[2], args[4], 'merging')
+    call('HDEL', keys[3], 'state')
+    local cursor, page = unpack(call('HSCAN', keys[3], args[5], 'MATCH', 'e:*', 'COUNT', args[6]))
+    for i = 1, #page, 2 do
+      call('HSETNX', keys[4], page[i], page[i + 1])
+      call('HDEL', keys[3], page[i])
+    end
+    if cursor ~= '0' or call('HLEN', keys[3]) > 2 then return cursor end  -- position and build stay
+  end
+  call('HDEL', keys[2], args[4])
+  call('UNLINK', keys[3])
+  return ''
 end
 
 -- Puts a rebuilt projection in the place of the old one. KEYS: pairs of old and rebuilt key, the
@@ -530,6 +575,7 @@ redis.register_function('govledger_begin_epoch', begin_epoch)
 redis.register_function('govledger_lease', lease)
 redis.register_function('govledger_release', release)
 redis.register_function('govledger_commit', commit)
+redis.register_function('govledger_drop_snapshot', drop_snapshot)
 redis.register_function('govledger_adopt', adopt)
 redis.register_function('govledger_publish', publish)
 redis.register_function{function_name = 'govledger_version', flags = {'no-writes'},

@@ -41,6 +41,7 @@ class Governance:
     name = "governance"
     version = 1
     naming = FOLLOW_UPS
+    keeps_snapshots = True
 
     def names(self, entry: Entry) -> tuple[str, ...]:
         """A follow-up's decision."""

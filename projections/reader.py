@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Sequence
+from datetime import datetime
 from typing import Any, Final, Protocol, Self, runtime_checkable
 
 import msgspec
@@ -22,12 +23,14 @@ from projections.bodies import Decision, read
 from projections.cache import StateCache
 from projections.current import read_entity
 from projections.governance import Governance
+from projections.history import fold_to
 from projections.projection import DECISION_PREFIX, Projection, Unfoldable
 from projections.registry import configured
 from projections.state_model import (
     AgentState,
     EffectiveVerdict,
     GovernanceState,
+    governance_of,
     placed,
     published_agent,
 )
@@ -105,6 +108,7 @@ class StateReader:
         tenant: str,
         *,
         at_least: int | Receipt | Position | None = None,
+        as_of: int | datetime | None = None,
         head: bool = False,
         timeout_s: float = 10.0,
         stale_ok: bool | None = None,
@@ -114,6 +118,8 @@ class StateReader:
         Args:
             tenant: whose.
             at_least: wait until this seq, or the event of this receipt, has been folded.
+            as_of: instead of now, when this seq was the head, or at this time: folded anew from the
+                history, by recorded time, from the nearest snapshot.
             head: read where the ledger stands too.
             timeout_s: how long to wait for `at_least`.
             stale_ok: instead of the reader's own.
@@ -123,9 +129,13 @@ class StateReader:
             NotCaughtUp: the projector has not come to `at_least` in time.
             StateUnavailable: the reader is cut off; nothing newer than `max_stale_s` is known.
             LedgerRolledBack: what is folded describes a history that is no more.
+            EntriesMissing, IndexBehind: as `Ledger.replay`, for `as_of`.
         """
-        found = self._cache.hit(tenant)
-        if found is None or at_least is not None:
+        found = self._cache.hit(tenant) if as_of is None else None
+        if as_of is not None:
+            _check_alone(at_least)
+            found = await self._governance_at(tenant, as_of)
+        elif found is None or at_least is not None:
             allowed = self._stale_ok if stale_ok is None else stale_ok
             try:
                 found = await self._governance_now(tenant, at_least, timeout_s)
@@ -137,6 +147,12 @@ class StateReader:
         if head:
             return msgspec.structs.replace(found, head=await self._ledger.head(tenant))
         return found
+
+    async def _governance_at(self, tenant: str, as_of: int | datetime) -> GovernanceState:
+        governance = self._governance
+        past = await fold_to(self._server, tenant, governance, as_of)
+        value = governance.view(past.state)
+        return governance_of(tenant, governance.version, past.position, value, "folded")
 
     async def _governance_now(
         self, tenant: str, at_least: int | Receipt | Position | None, timeout_s: float
@@ -256,6 +272,7 @@ class StateReader:
         projection: str = "governance",
         *,
         at_least: int | Receipt | None = None,
+        as_of: int | datetime | None = None,
         timeout_s: float = 10.0,
     ) -> PublishedState:
         """The tenant's current state of any projection, read from Redis.
@@ -264,13 +281,26 @@ class StateReader:
             tenant: whose.
             projection: which fold.
             at_least: wait until this seq, or the event of this receipt, has been folded.
-            timeout_s: how long to wait for that.
+            as_of: as for `governance`.
+            timeout_s: how long to wait for `at_least`.
 
         Raises:
             NotFound: nothing is recorded or folded for the tenant, or no such projection.
             NotCaughtUp: the projector has not come that far in time.
         """
         store = self._store(tenant, projection)
+        if as_of is not None:
+            _check_alone(at_least)
+            past = await fold_to(self._server, tenant, store.projection, as_of)
+            return PublishedState(
+                tenant=tenant,
+                projection=projection,
+                version=store.projection.version,
+                value=store.projection.view(past.state),
+                position=past.position,
+                updated_at=None,
+                source="folded",
+            )
         wanted = _seq(at_least)
         deadline, pause_s = time.monotonic() + timeout_s, _POLL_MIN_S
         while True:
@@ -333,6 +363,14 @@ class StateReader:
             tenant=tenant,
             wanted=wanted,
             folded=folded,
+        )
+
+
+def _check_alone(at_least: object) -> None:
+    if at_least is not None:
+        raise errors.InvalidInput(
+            "as_of: it cannot be asked for together with at_least",
+            hint="the past is folded as far as as_of says, whatever a projector has done",
         )
 
 
