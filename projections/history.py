@@ -6,11 +6,10 @@ begins at the nearest snapshot that is kept; without one, at the first entry. No
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import aclosing
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from contextlib import aclosing, suppress
 from datetime import datetime
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import orjson
 
@@ -27,50 +26,59 @@ __all__ = ["Past", "fold_to"]
 ATTEMPTS: Final = 5
 
 
-@dataclass(frozen=True, slots=True)
-class Past:
-    """A projection at a point in the past: the entity `state`, its position, and the others."""
+class Past(NamedTuple):
+    """A projection at a point in the past: the entity `state`, others that were asked for and
+    existed, and the last entry that is folded; `base`: the seq of the snapshot that it began at.
+    """
 
     position: Position
     state: dict[str, Any]
-    store: PastStore
-
-    async def entity(self, name: str) -> dict[str, Any] | None:
-        """Another entity as it was; None where there was none yet.
-
-        Raises:
-            CommitConflict: its snapshot was dropped meanwhile.
-        """
-        return (await self.store.load([name])).get(name)
+    entities: Entities
+    base: int
 
 
 async def fold_to(
-    server: Server, tenant: str, projection: Projection, as_of: int | datetime
+    server: Server,
+    tenant: str,
+    projection: Projection,
+    as_of: int | datetime,
+    *,
+    names: Sequence[str] = (),
 ) -> Past:
     """The projection as of a seq, or of the last entry recorded at or before a time.
+
+    Args:
+        server: where the tenant's stream is.
+        tenant: whose.
+        projection: which fold.
+        as_of: the seq or the time.
+        names: the entities that are wanted beside `state`.
 
     Raises:
         InvalidInput: the time has no zone.
         NotFound: nothing had been recorded by then, or the head has not come that far.
         EntriesMissing, IndexBehind, LedgerRolledBack: as `Ledger.replay`.
-        CommitConflict: snapshots were dropped, again and again, while they were read.
     """
     to_ms = _ms(as_of)
-    changed: errors.CommitConflict | None = None
-    for attempt in range(ATTEMPTS):
+    for _ in range(ATTEMPTS):
         store = PastStore(server, keys.checked_tenant(tenant), projection)
-        try:
-            if attempt < ATTEMPTS - 1:
-                await store.begin(as_of if isinstance(as_of, int) else None, to_ms)
-            return await _folded(server, store, as_of, to_ms)
-        except errors.CommitConflict as error:
-            changed = error
-    assert changed is not None
-    raise changed
+        await store.begin(as_of if isinstance(as_of, int) else None, to_ms)
+        with suppress(_SnapshotDropped):
+            return await _folded(server, store, as_of, to_ms, names)
+    store = PastStore(server, tenant, projection)  # without any, nothing can be dropped
+    return await _folded(server, store, as_of, to_ms, names)
+
+
+class _SnapshotDropped(Exception):
+    """A snapshot went while it was read: it was dropped, or the projection rebuilt."""
 
 
 async def _folded(
-    server: Server, store: PastStore, as_of: int | datetime, to_ms: int | None
+    server: Server,
+    store: PastStore,
+    as_of: int | datetime,
+    to_ms: int | None,
+    names: Sequence[str],
 ) -> Past:
     tenant, base = store.tenant, store.base
     fold = TenantFold(server, tenant, store.projection, store)
@@ -107,7 +115,8 @@ async def _folded(
             hint="`govledger replay` shows when its first entry was recorded",
             tenant=tenant,
         )
-    return Past(position, fold.state, store)
+    entities = await store.load(names)
+    return Past(position, fold.state, entities, store.base.seq if store.base else 0)
 
 
 class PastStore(FoldStore):
@@ -128,9 +137,12 @@ class PastStore(FoldStore):
             if to_ms is not None and split_id(kept.position.entry_id)[0] > to_ms:
                 continue
             state = await self.snapshot_state(kept)
-            if state is not None:
-                self.base, self.base_state = kept, unpacked(state)
-                return
+            if state is None:
+                continue
+            if await self.load_at(kept, []) is None:
+                return  # a later one is damaged, on which this one and all before it rely
+            self.base, self.base_state = kept, unpacked(state)
+            return
 
     def keep(self, changed: Entities) -> None:
         """What was folded; it is not in Redis."""
@@ -146,10 +158,7 @@ class PastStore(FoldStore):
         if self.base is not None and missing:
             older = await self.load_at(self.base, missing)
             if older is None:
-                raise errors.CommitConflict(
-                    f"tenant {self.tenant}: the snapshot of seq {self.base.seq} was dropped",
-                    hint="try again: the next nearest one will do",
-                )
+                raise _SnapshotDropped
             found |= older
         return {name: orjson.loads(raw) for name, raw in found.items()}
 

@@ -518,7 +518,9 @@ async def test_watch_survives_a_restart_and_never_goes_back(fresh_server, tenant
             async for state in reader.watch(tenant, stale_ok=True):
                 stale.append((state.seq, state.stale))  # noqa: PERF401 - as above
 
-        async with StateReader(ledger, max_stale_s=0.4) as reader, running(Projector(ledger)):
+        projector = Projector(ledger)
+        await projector.run_once([tenant])
+        async with StateReader(ledger, max_stale_s=0.4) as reader:
             watchers = [asyncio.create_task(watch()), asyncio.create_task(watch_stale())]
             await until(lambda: seen)
             for number in range(1, 4):
@@ -528,6 +530,7 @@ async def test_watch_survives_a_restart_and_never_goes_back(fresh_server, tenant
                     await until(lambda: stale[-1][1])
                 server.restart()
                 await ledger.append(tenant, decision(number))
+                await projector.run_once([tenant])
                 await until(lambda: seen[-1] == number + 1)  # noqa: B023
                 assert len(stale) >= cut_off
             await until(lambda: stale[-1] == (4, False))
