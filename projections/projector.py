@@ -184,11 +184,11 @@ class Projector:
                         folded += len(page)
                         if on_progress:
                             on_progress(fold.tenant, len(page))
-                        if time.monotonic() - fold.published_at > PUBLISH_INTERVAL_S * 4:
-                            await fold.publish(self._ttl_seconds)
                         enough = pages is not None and folded >= pages * walk.page_entries
                         if enough or fold.seq >= goal:
                             break
+                        if time.monotonic() - fold.published_at > PUBLISH_INTERVAL_S * 4:
+                            await fold.publish(self._ttl_seconds)
             except errors.LeaseHeld as error:
                 left_ms = error.facts["left_ms"]
                 assert isinstance(left_ms, int)
