@@ -436,11 +436,27 @@ end
 -- since (empty: it was not there), until the next snapshot is made. So an entity at a snapshot is the
 -- first value found there, in the later ones, in the bucket. `build` says that nothing was lost of it.
 local FIRST_TRIPLE = 9
-local function keep_previous(keys, args, latest, entities)
-  if latest == 0 or entities == 0 or call('HGET', keys[latest], 'build') ~= args[4] then return end
-  for i = FIRST_TRIPLE, FIRST_TRIPLE + 3 * (entities - 1), 3 do
-    local before = call('HGET', keys[tonumber(args[i])], args[i + 1])
-    call('HSETNX', keys[latest], 'e:' .. args[i + 1], before or '')
+local ENTITIES_A_CALL = 1000  -- `unpack` fails at 8,000
+
+local function keep_previous(keys, args, latest, first, last)
+  local fields, new = {}, {}
+  for i = first, last, 3 do fields[#fields + 1] = 'e:' .. args[i + 1] end
+  local kept = call('HMGET', keys[latest], unpack(fields))
+  for n, field in ipairs(fields) do
+    if not kept[n] then
+      local i = first + 3 * (n - 1)
+      local before = call('HGET', keys[tonumber(args[i])], args[i + 1])
+      new[#new + 1], new[#new + 2] = field, before or ''
+    end
+  end
+  if #new > 0 then call('HSET', keys[latest], unpack(new)) end
+end
+
+local function keep_all_previous(keys, args, latest, entities)
+  if latest == 0 or call('HGET', keys[latest], 'build') ~= args[4] then return end
+  local last = FIRST_TRIPLE + 3 * (entities - 1)
+  for first = FIRST_TRIPLE, last, 3 * ENTITIES_A_CALL do
+    keep_previous(keys, args, latest, first, math.min(last, first + 3 * (ENTITIES_A_CALL - 1)))
   end
 end
 
@@ -457,7 +473,7 @@ local function commit(keys, args)
   local holder, left_ms = take_lease(keys[2], args[5], args[6])
   if holder then return refuse('LEDGERLEASE', left_ms, holder) end
   local latest, entities, new, list, seq = string.match(args[7], '^(%d+) (%d+) (%d+) (%d+) (%d+)$')
-  keep_previous(keys, args, tonumber(latest), tonumber(entities))
+  keep_all_previous(keys, args, tonumber(latest), tonumber(entities))
   call('HSET', keys[1], 'position', args[3], 'build', args[4])
   for i = FIRST_TRIPLE, #args, 3 do
     call('HSET', keys[tonumber(args[i])], args[i + 1], args[i + 2])
