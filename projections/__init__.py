@@ -1,5 +1,6 @@
 """What is derived from the ledger: folds, the projector that keeps them, the reader."""
 
+from projections import sync
 from projections.governance import Governance
 from projections.projection import Entities, Projection, Unfoldable
 from projections.projector import Projector
@@ -18,4 +19,5 @@ __all__ = [
     "PublishedState",
     "StateReader",
     "Unfoldable",
+    "sync",
 ]

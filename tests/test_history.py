@@ -340,3 +340,35 @@ def test_snapshots_stay_few_and_close(step):
             widest = max(widest, gap / max(seq, SNAPSHOTS_KEPT * 2000))
     assert len(kept) <= SNAPSHOTS_KEPT
     assert widest < 0.035
+
+
+async def test_many_entities_that_change_in_one_commit_are_all_kept(ledger, tenant, often):
+    """An entry of a projection of one's own that touches more entities than one call can carry."""
+
+    class Wide:
+        name = "wide"
+        version = 1
+        keeps_snapshots = True
+
+        def names(self, entry):
+            return ("state", *(f"n:{n}" for n in range(2500)))
+
+        def apply(self, entities, entry, subject):
+            for name in self.names(entry):
+                entities[name] = {"seq": entry.seq}
+
+        def quarantined(self, entities, entry):
+            entities.setdefault("state", {})
+
+        def view(self, state):
+            return dict(state)
+
+    projector, wide = Projector(ledger, [Wide()]), Wide()
+    for number in range(6):
+        await ledger.append(tenant, decision(number))
+        await projector.run_once([tenant])
+    assert [one.seq for one in await FoldStore(ledger.server, tenant, wide).snapshots()] == [4]
+    names = [f"n:{n}" for n in range(2500)]
+    past = await fold_to(ledger.server, tenant, wide, 4, names=names)
+    assert past.base == 4
+    assert past.entities == dict.fromkeys(names, {"seq": 4})

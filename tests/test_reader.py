@@ -21,9 +21,11 @@ from ledger import (
     keys,
     load_settings,
 )
+from ledger import sync as sync_ledger
 from projections import Projector, StateReader
 from projections.governance import Governance
 from projections.state_model import GovernanceState, governance_of
+from projections.sync import StateReader as StateReaderSync
 from tests.proxy import Proxy
 from tests.test_governance import Fold, at
 from tests.test_governance import decision as event_of
@@ -660,3 +662,22 @@ async def test_effective_verdict_of_a_decision(ledger, tenant):
         await reader.effective_verdict(tenant, "d-9")
     with pytest.raises(errors.NotFound, match="no decision has the id"):
         await reader.effective_verdict(tenant, events[4].id)
+
+
+def test_the_reader_without_an_event_loop(valkey, tenant):
+    """Notebooks read, wait, look back and watch without await."""
+    with sync_ledger.Ledger.connect(valkey.url) as ledger, StateReaderSync(ledger) as reader:
+        receipt = ledger.append(tenant, decision(1, "deny"))
+        ledger.run(Projector(ledger.wrapped).run_once([tenant]))
+        assert reader.governance(tenant, at_least=receipt).decisions.by_verdict.deny == 1
+        assert reader.governance(tenant, as_of=1).source == "folded"
+        assert reader.state(tenant).seq == 1
+        assert reader.effective_verdict(tenant, "d-1").effective == "deny"
+        states = reader.watch(tenant)
+        assert next(states).seq == 1
+        ledger.append(tenant, decision(2))
+        ledger.run(Projector(ledger.wrapped).run_once([tenant]))
+        assert next(states).seq == 2
+        states.close()
+        with pytest.raises(errors.NotFound):
+            reader.agent(tenant, "nobody")

@@ -41,8 +41,15 @@ def run(argv, embedded_dir, **options):
 
 def test_python_example_runs_as_it_stands(embedded_dir):
     """The ten-line example appends, folds and reads its own write."""
-    (example,) = blocks("python")
+    example, _ = blocks("python")
     assert run([sys.executable, "-c", example], embedded_dir).split() == ["1", "fsynced", "1", "1"]
+
+
+def test_the_policy_closes_the_loop(embedded_dir):
+    """The policy reads the false negatives, lowers the threshold, and sees it in force."""
+    _, policy = blocks("python")
+    assert run([sys.executable, "-c", policy], embedded_dir).split() == ["0.7"]
+    assert run([sys.executable, "-c", policy], embedded_dir).split() == ["0.6"]
 
 
 def test_every_command_works_in_order(embedded_dir):
@@ -61,6 +68,7 @@ def test_every_command_works_in_order(embedded_dir):
         keys.index("tenant"),
         keys.projection("tenant", "governance", 1),
         keys.projection_active("tenant"),
+        keys.snapshots("tenant", "governance", 1),
         keys.TENANTS,
         keys.FEED,
         keys.attestation("<run_id>"),

@@ -47,6 +47,7 @@ def test_demo_ends_well_and_leaves_nothing(script, tmp_path):
     assert demo.returncode == 0, shown
     assert "2,800 events, each sent by two writers: recorded once" in shown
     assert "fold(replay(agentdojo-banking)) = its published state" in shown
+    assert re.search(r"made cedar-tools stricter: 0.45 → 0.35,\s+version 3", shown), shown
     for tenant in TENANTS:
         assert re.search(rf"{tenant}.*%.*cedar-tools@[12]", shown), shown
     assert list(tmp_path.iterdir()) == []
