@@ -486,27 +486,30 @@ local function commit(keys, args)
   return 1
 end
 
--- Drops a snapshot. What it has of entities goes to the one before it, a part at each call; it ceases
--- to be a place to begin from at the first. KEYS: lease, list of snapshots, the one to drop, the one
--- before it where there is one. ARGV: protocol, worker, lease in ms, seq, cursor ('0' at first), how
--- many fields to move. Answers the next call's cursor, or an empty one where nothing is left.
+-- Drops a snapshot that is not the latest. What it has of entities goes to the one before it, a part at
+-- each call; it ceases to be a place to begin from at the first. KEYS: projection's hash, lease, list of
+-- snapshots, the one to drop, the one before it where there is one. ARGV: protocol, position and build
+-- that the list was read with, worker, lease in ms, seq, cursor ('0' at first), how many fields to move.
+-- Answers the next call's cursor, or an empty one where nothing is left.
 local function drop_snapshot(keys, args)
   local refusal = protocol_refusal(args[1])
   if refusal then return refusal end
-  local holder, left_ms = take_lease(keys[1], args[2], args[3])
+  local committed = committed_at(keys[1])
+  if committed ~= args[2] then return refuse('LEDGERPOSITION', committed) end
+  local holder, left_ms = take_lease(keys[2], args[3], args[4])
   if holder then return refuse('LEDGERLEASE', left_ms, holder) end
-  if keys[4] then
-    call('HSET', keys[2], args[4], 'merging')
-    call('HDEL', keys[3], 'state')
-    local cursor, page = unpack(call('HSCAN', keys[3], args[5], 'MATCH', 'e:*', 'COUNT', args[6]))
+  if keys[5] then
+    call('HSET', keys[3], args[5], 'merging')
+    call('HDEL', keys[4], 'state')
+    local cursor, page = unpack(call('HSCAN', keys[4], args[6], 'MATCH', 'e:*', 'COUNT', args[7]))
     for i = 1, #page, 2 do
-      call('HSETNX', keys[4], page[i], page[i + 1])
-      call('HDEL', keys[3], page[i])
+      call('HSETNX', keys[5], page[i], page[i + 1])
+      call('HDEL', keys[4], page[i])
     end
-    if cursor ~= '0' or call('HLEN', keys[3]) > 2 then return cursor end  -- position and build stay
+    if cursor ~= '0' or call('HLEN', keys[4]) > 2 then return cursor end  -- position and build stay
   end
-  call('HDEL', keys[2], args[4])
-  call('UNLINK', keys[3])
+  call('HDEL', keys[3], args[5])
+  call('UNLINK', keys[4])
   return ''
 end
 

@@ -35,6 +35,10 @@ IDLE_S: Final = 60.0
 """One that nobody asked for since is dropped."""
 
 TENANTS_KEPT: Final = 256
+MARKS_KEPT: Final = 10_000
+NOTICES_PAUSE_S: Final = 0.005
+"""So that no flood of notices makes a reader read without a pause."""
+
 _log = logging.getLogger("ledger")
 
 
@@ -83,13 +87,21 @@ class StateCache:
         self._entries: dict[str, _Entry] = {}
         self._notices = Notices(server, self._noticed)
         self._by_channel: dict[str, _Entry] = {}
+        self._marks: dict[str, Position] = {}
+        """Of tenants that were dropped: a state that is asked for again must not be older."""
+        self._closed = False
         self._woken = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
 
     async def aclose(self) -> None:
-        """Ends what runs in the background."""
+        """Ends what runs in the background; nothing is served any more."""
+        self._closed = True
         tasks, self._tasks = self._tasks, []
-        tasks += [entry.reading for entry in self._entries.values() if entry.reading]
+        for entry in self._entries.values():
+            entry.tell()
+            if entry.reading:
+                tasks.append(entry.reading)
+        self._entries.clear()
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -147,7 +159,8 @@ class StateCache:
             entry.used_at = _now()
 
     async def watch(self, tenant: str, *, stale_ok: bool) -> AsyncGenerator[GovernanceState, None]:
-        """Each newer state, for ever. With `stale_ok` the last one again, marked, when cut off.
+        """Each newer state, until the reader or the ledger is closed. With `stale_ok` the last one
+        again, marked, when cut off.
 
         Raises:
             LedgerRolledBack: as `read_current`.
@@ -159,7 +172,7 @@ class StateCache:
         entry.watchers += 1
         try:
             self._start()
-            while True:
+            while not (self._closed or self._server.closed):
                 changed, state = entry.changed, entry.state
                 fresh = state is not None and _now() < entry.fresh_until
                 if state is not None and fresh and (said_stale or _is_news(state, last)):
@@ -181,9 +194,12 @@ class StateCache:
     # -- one entry ----------------------------------------------------------------------------
 
     def _entry(self, tenant: str) -> _Entry:
+        if self._closed:
+            raise errors.StateUnavailable(f"tenant {tenant}: this reader was closed", tenant=tenant)
         entry = self._entries.get(tenant)
         if entry is None:
             entry = self._entries[tenant] = _Entry(keys.checked_tenant(tenant), _now())
+            entry.mark = self._marks.pop(tenant, None)
             channel = keys.published(tenant, self._governance.name)
             self._by_channel[channel] = entry
             self._notices.add(channel)
@@ -204,6 +220,10 @@ class StateCache:
         channel = keys.published(entry.tenant, self._governance.name)
         del self._entries[entry.tenant], self._by_channel[channel]
         self._notices.remove(channel)
+        if entry.mark is not None:
+            self._marks[entry.tenant] = entry.mark
+            if len(self._marks) > MARKS_KEPT:
+                del self._marks[next(iter(self._marks))]
 
     def _refresh(self, entry: _Entry) -> asyncio.Task[None]:
         """The read that is under way, or a new one. It never raises."""
@@ -283,6 +303,7 @@ class StateCache:
         check_at = _now()
         while not self._server.closed and self._entries:
             await happened(self._woken, check_at - _now())
+            await asyncio.sleep(NOTICES_PAUSE_S)
             self._woken.clear()
             now = _now()
             for entry in [one for one in self._entries.values() if self._is_idle(one, now)]:

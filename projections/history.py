@@ -15,7 +15,7 @@ import orjson
 
 from ledger import errors, keys
 from ledger.server import Server
-from ledger.stream import Position, Walk, split_id
+from ledger.stream import Position, Walk, read_head, split_id
 from projections.projection import STATE, Entities, Projection
 from projections.snapshots import Kept, unpacked
 from projections.store import FoldStore, encode_entity
@@ -131,8 +131,11 @@ class PastStore(FoldStore):
 
     async def begin(self, seq: int | None, to_ms: int | None) -> None:
         """Takes the nearest snapshot, if there is one, up to the seq or the time."""
+        epoch = (await read_head(self._server, self.tenant)).epoch
         for kept in reversed(await self.snapshots()):
             if kept.position is None or (seq is not None and kept.seq > seq):
+                continue
+            if kept.position.epoch != epoch:
                 continue
             if to_ms is not None and split_id(kept.position.entry_id)[0] > to_ms:
                 continue

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from datetime import datetime
 from typing import Any, Final, Protocol, Self, runtime_checkable
 
@@ -89,6 +90,7 @@ class StateReader:
         self._projections = {one.name: one for one in all_of_them}
         self._governance = Governance()
         self._stale_ok = stale_ok
+        self._max_stale_s = max_stale_s
         self._cache = StateCache(self._server, self._governance, max_stale_s)
 
     async def __aenter__(self) -> Self:
@@ -144,9 +146,21 @@ class StateReader:
                 if last is None or not _reaches(last.position, at_least):
                     raise
                 return last
-        if head:
-            return msgspec.structs.replace(found, head=await self._ledger.head(tenant))
-        return found
+        return await self._with_head(found) if head else found
+
+    async def _with_head(self, state: GovernanceState) -> GovernanceState:
+        try:
+            async with asyncio.timeout(self._max_stale_s):
+                head = await self._ledger.head(state.tenant)
+        except (TimeoutError, errors.Unavailable) as error:
+            raise errors.StateUnavailable(
+                f"tenant {state.tenant}: the ledger's head cannot be read now: {error}",
+                hint="without head=True the state itself is served while it is fresh",
+                tenant=state.tenant,
+                seq=state.seq,
+                recorded_at=state.recorded_at,
+            ) from error
+        return msgspec.structs.replace(state, head=head)
 
     async def _governance_at(self, tenant: str, as_of: int | datetime) -> GovernanceState:
         governance = self._governance
@@ -188,7 +202,8 @@ class StateReader:
     async def watch(
         self, tenant: str, *, stale_ok: bool | None = None
     ) -> AsyncGenerator[GovernanceState, None]:
-        """The state of now, or the first one, and then each newer one as it is published; for ever.
+        """The state of now, or the first one, and then each newer one as it is published, until the
+        reader or its ledger is closed.
 
         It waits while the server is away, and never goes back within an epoch. With `stale_ok` it
         says that it is cut off, by the last state again with `stale=True`. Of several states that
@@ -200,8 +215,9 @@ class StateReader:
             PermissionDenied, AuthenticationFailed: the server does not let this user in any more.
         """
         allowed = self._stale_ok if stale_ok is None else stale_ok
-        async for state in self._cache.watch(tenant, stale_ok=allowed):
-            yield state
+        async with aclosing(self._cache.watch(tenant, stale_ok=allowed)) as states:
+            async for state in states:
+                yield state
 
     # -- agents and decisions -----------------------------------------------------------------
 

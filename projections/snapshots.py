@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
+from operator import attrgetter
 from typing import Final, NamedTuple
 
 from ledger import keys
@@ -26,7 +27,6 @@ SNAPSHOTS_KEPT: Final = 64
 MIN_ENTRIES: Final = 2_000
 """Apart: to fold so many takes some 15 ms."""
 
-MERGING: Final = b"merging"
 FIELD: Final = "e:"
 _LEVEL: Final = 1
 
@@ -40,13 +40,19 @@ class Kept(NamedTuple):
 
 
 def parse_list(raw: Mapping[bytes, bytes]) -> list[Kept]:
-    """The snapshots of a list's hash, in order."""
+    """The snapshots of a list's hash, in order. One that is being dropped, or of which somebody
+    damaged what the list says, has no position; what names no seq is none.
+    """
     found = []
     for seq, about in raw.items():
-        position, _, build = about.decode().partition(" ")
-        at = None if about == MERGING else Position.parse(position)
-        found.append(Kept(int(seq), at, build))
-    return sorted(found)
+        if not seq.isdigit():
+            continue
+        position, _, build = about.decode(errors="replace").partition(" ")
+        try:
+            found.append(Kept(int(seq), Position.parse(position), build))
+        except ValueError:
+            found.append(Kept(int(seq), None, ""))
+    return sorted(found, key=attrgetter("seq"))
 
 
 def snapshot_is_due(kept: list[Kept], seq: int) -> bool:

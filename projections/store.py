@@ -239,7 +239,7 @@ class FoldStore:
             raise self._conflict(before, error) or error from None
         if state:
             self._snapshots.append(Kept(position.seq, position, before.build))
-            await self._drop_spare_snapshots()
+            await self._drop_spare_snapshots(after)
         return after
 
     def _snapshot(
@@ -258,18 +258,30 @@ class FoldStore:
         told = f"{latest} {entities} {new} {new and new + 1} {position.seq}"
         return told, packed(state) if new else b""
 
-    async def _drop_spare_snapshots(self) -> None:
-        """Makes room for the next snapshots, a little at each call to the server."""
+    async def _drop_spare_snapshots(self, committed: Committed) -> None:
+        """Makes room for the next snapshots, a little at each call to the server.
+
+        Raises:
+            CommitConflict, LeaseHeld: another worker folds this tenant now.
+        """
         while (place := spare(self._snapshots)) is not None:
             seqs = [one.seq for one in self._snapshots[max(place - 1, 0) : place + 1]]
-            on = [self._lease, self._list, *(key_of(self._list, seq) for seq in reversed(seqs))]
-            name, cursor = "govledger_drop_snapshot", b"0"
+            dropped = [key_of(self._list, seq) for seq in reversed(seqs)]
+            on, cursor = [self._key, self._lease, self._list, *dropped], b"0"
             try:
                 while cursor:
-                    args = (self._worker, LEASE_MS, seqs[-1], cursor, SNAPSHOT_FIELDS_A_CALL)
-                    cursor = await self._server.function(name, on, *args)
+                    cursor = await self._server.function(
+                        "govledger_drop_snapshot",
+                        on,
+                        committed.token,
+                        self._worker,
+                        LEASE_MS,
+                        seqs[-1],
+                        cursor,
+                        SNAPSHOT_FIELDS_A_CALL,
+                    )
             except errors.ServerError as error:
-                raise self._conflict(Committed(None, ""), error) or error from None
+                raise self._conflict(committed, error) or error from None
             del self._snapshots[place]
 
     def _conflict(self, before: Committed, error: errors.ServerError) -> errors.LedgerError | None:
@@ -387,8 +399,7 @@ class FoldStore:
         return int(await self._server.command(self._quarantine, "HDEL", self._quarantine, *fields))
 
     async def _snapshot_seqs(self) -> set[int]:
-        listed = await self._server.command(self._list, "HKEYS", self._list)
-        return set(map(int, listed))
+        return {one.seq for one in await self.snapshots()}
 
     def _kept_keys(self, seqs: Iterable[int]) -> list[str]:
         return [self._list, *(key_of(self._list, seq) for seq in sorted(seqs))]

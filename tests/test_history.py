@@ -121,6 +121,13 @@ async def test_as_of_n_is_what_was_committed_when_the_head_was_n(valkey, often, 
             assert encode_entity(past.state) == state
             assert encoded(past.entities) == entities
             assert past.base == max((one.seq for one in snapshots if one.seq <= seq), default=0)
+        listed = keys.snapshots(tenant, "governance", 1)
+        await ledger.server.command(listed, "COPY", listed, f"{listed}:aside")
+        await ledger.server.command(listed, "DEL", listed)
+        whole = await fold_to(ledger.server, tenant, GOVERNANCE, position.seq, names=names)
+        assert (whole.base, encode_entity(whole.state)) == (0, state)
+        assert encoded(whole.entities) == entities
+        await ledger.server.command(listed, "COPY", f"{listed}:aside", listed)
         last_at = datetime.fromtimestamp(int(position.entry_id.split("-")[0]) / 1000, UTC)
         by_time = await fold_to(ledger.server, tenant, GOVERNANCE, last_at)
         assert encode_entity(by_time.state) == state
@@ -371,4 +378,4 @@ async def test_many_entities_that_change_in_one_commit_are_all_kept(ledger, tena
     names = [f"n:{n}" for n in range(2500)]
     past = await fold_to(ledger.server, tenant, wide, 4, names=names)
     assert past.base == 4
-    assert past.entities == dict.fromkeys(names, {"seq": 4})
+    assert past.entities == {name: {"seq": 4} for name in names}

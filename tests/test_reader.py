@@ -160,6 +160,25 @@ def test_a_state_cannot_be_changed():
     assert orjson.loads(msgspec.json.encode(state))["decisions"]["total"] == 3
 
 
+def parts_of(value):
+    yield value
+    inner = []
+    if isinstance(value, msgspec.Struct):
+        inner = [getattr(value, name) for name in value.__struct_fields__]
+    elif isinstance(value, dict):
+        inner = list(value.values())
+    elif isinstance(value, tuple):
+        inner = list(value)
+    for part in inner:
+        yield from parts_of(part)
+
+
+def test_nothing_that_can_be_changed_is_in_a_state():
+    """However deep one looks, there is no plain dict and no list."""
+    kinds = {type(part) for part in parts_of(state_of(rich_view()))}
+    assert not kinds & {dict, list, set, bytearray}
+
+
 def test_windows_end_now_when_asked():
     """A window read as of now leaves out what has passed since the newest event, and says so."""
     state = state_of(rich_view())
@@ -629,6 +648,74 @@ async def test_states_in_a_cluster(cluster, tenant):
                 for name in names:
                     assert (await reader.governance(name, at_least=2)).decisions.total == 2
             await watching.aclose()
+
+
+async def test_a_closed_reader_says_so_and_its_watchers_end(ledger, tenant):
+    """After aclose nothing is served from memory, and nobody waits for ever."""
+    await ledger.append(tenant, decision(1))
+    await Projector(ledger).run_once([tenant])
+    reader = StateReader(ledger)
+    watching = reader.watch(tenant)
+    assert (await anext(watching)).seq == 1
+    waiting = asyncio.ensure_future(anext(watching, None))
+    await asyncio.sleep(0)
+    await reader.aclose()
+    assert await asyncio.wait_for(waiting, 20) is None
+    with pytest.raises(errors.StateUnavailable, match="reader was closed"):
+        await reader.governance(tenant, stale_ok=True)
+
+
+async def test_a_dropped_tenant_is_not_read_older_than_before(ledger, server, tenant, monkeypatch):
+    """How far a tenant was read is remembered when it has to make room for another."""
+    monkeypatch.setattr("projections.cache.TENANTS_KEPT", 1)
+    other = f"{tenant}-2"
+    projector = Projector(ledger)
+    for name in (tenant, other):
+        await ledger.append(name, decision(1))
+    await projector.run_once([tenant, other])
+    old = server.cli("GET", keys.governance_state(tenant))
+    await ledger.append(tenant, decision(2))
+    await projector.run_once([tenant])
+    async with StateReader(ledger) as reader:
+        assert (await reader.governance(tenant)).seq == 2
+        assert (await reader.governance(other)).seq == 1
+        assert list(reader._cache._entries) == [other]
+        server.cli("SET", keys.governance_state(tenant), old)
+        assert (await reader.governance(tenant)).seq == 2
+
+
+async def test_a_version_that_this_release_does_not_fold_is_read_from_its_copy_alone(
+    ledger, server, tenant
+):
+    """Where readers take another version, what is committed of ours is no state of now."""
+    await ledger.append(tenant, decision(1))
+    await Projector(ledger).run_once([tenant])
+    server.cli("HSET", keys.projection_active(tenant), "governance", 2)
+    async with StateReader(ledger) as reader:
+        assert (await reader.governance(tenant)).source == "published"
+        server.cli("DEL", keys.governance_state(tenant))
+        reader._cache._entries[tenant].fresh_until = float("-inf")
+        with pytest.raises(errors.StateUnavailable, match="does not fold"):
+            await reader.governance(tenant)
+        assert (await reader.governance(tenant, stale_ok=True)).stale
+
+
+async def test_a_projector_that_stopped_is_named(ledger, server, tenant):
+    """Readers and watchers learn why a state does not go on, and when it does again."""
+    receipts = await ledger.append_many(tenant, [decision(1), decision(2)])
+    projector = Projector(ledger)
+    await projector.run_once([tenant])
+    async with StateReader(ledger, max_stale_s=0.4) as reader:
+        watching = reader.watch(tenant)
+        assert (await anext(watching)).stopped is None
+        (hole,) = await ledger.append_many(tenant, [decision(3)])
+        server.cli("XDEL", keys.decisions(tenant), hole.entry_id)
+        with pytest.raises(errors.EntriesMissing):
+            await projector.run_once([tenant])
+        said = await asyncio.wait_for(anext(watching), 20)
+        assert (said.seq, said.stopped) == (2, "EntriesMissing")
+        assert said.position == receipts[1].position
+        await watching.aclose()
 
 
 # -- one decision ---------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ __all__: list[str] = []
     epilog=example(
         "govledger state acgs-dev",
         "govledger state acgs-dev --json --wait-for 3 --timeout 5",
-        "govledger state acgs-dev --as-of 2026-03-03T12:00:00Z",
+        "govledger state acgs-dev --as-of 250",
     )
 )
 def state(
