@@ -18,6 +18,7 @@ from enum import StrEnum
 from functools import partial
 from typing import Any, Final, NamedTuple
 
+import msgspec
 from redis import exceptions as redis_errors
 
 from ledger import errors, keys
@@ -65,22 +66,28 @@ class Durability(StrEnum):
 _LEVELS: Final = tuple(Durability)
 
 
-class Receipt(NamedTuple):
-    """What an append returned. `duplicate`: it had been recorded before, with the same bytes
-    (after a retry of ours that may be our own first attempt).
+class Receipt(msgspec.Struct, frozen=True, gc=False):
+    """What an append returned. `recorded_ms` is the ledger's time, ms since 1970. `duplicate`: it
+    had been recorded before, with the same bytes (after a retry of ours that may be our own first
+    attempt).
     """
 
     tenant: str
     epoch: str
-    entry_id: str
+    recorded_ms: int
     seq: int
     duplicate: bool
     durability: Durability
 
     @property
+    def entry_id(self) -> str:
+        """The stream's id of the entry."""
+        return f"{self.recorded_ms}-{self.seq}"
+
+    @property
     def recorded_at(self) -> datetime:
         """The ledger's time."""
-        return datetime.fromtimestamp(int(self.entry_id.partition("-")[0]) / 1000, UTC)
+        return datetime.fromtimestamp(self.recorded_ms / 1000, UTC)
 
     @property
     def position(self) -> Position:
@@ -225,6 +232,7 @@ class _Lane:
         # Until a call was answered the tenant or the library may be missing, and the call repeated:
         # another one must not overtake it.
         self._met = False
+        self._new_epoch = secrets.token_hex(8)
         self._on = (keys.decisions(tenant), keys.head(tenant), keys.index(tenant))
         head: list[bytes | str | int] = ["govledger_append", b"3", *self._on, LIBRARY_VERSION]
         self._call_head = pack("FCALL", *head).split(b"\r\n", 1)[1]
@@ -457,7 +465,7 @@ class _Lane:
         self, groups: list[_Group], wanted: Durability | None, *, registered: bool
     ) -> list[bytes]:
         flags = ("r" if registered else "") + ("w" if wanted else "")
-        head = f"{time.time_ns() // 1_000_000} {flags} {secrets.token_hex(8)}".encode()
+        head = f"{time.time_ns() // 1_000_000} {flags} {self._new_epoch}".encode()
         args = self._fixed_args + 1
         for group in groups:
             args += _GROUP_ARGS + _EVENT_ARGS * len(group.events)
@@ -473,6 +481,8 @@ class _Lane:
         replicas: int | None,
     ) -> None:
         epoch, notes, results = reply[0].decode(), reply[1], reply[2]
+        if epoch == self._new_epoch:
+            self._new_epoch = secrets.token_hex(8)  # were the tenant deleted, it is another one
         for raw in notes:
             _log.warning("tenant %s: %s", self._tenant, Incident.parse(raw))
         for group, result in zip(groups, results, strict=True):
@@ -494,7 +504,7 @@ class _Lane:
         tenant = self._tenant
         if not flat:
             return [
-                Receipt(tenant, epoch, f"{ms}-{at}", at, False, reached)
+                Receipt(tenant, epoch, ms, at, False, reached)
                 for at in range(seq, seq + len(group.events))
             ]
         duplicates = {flat[i]: (flat[i + 1], flat[i + 2]) for i in range(0, len(flat), 3)}
@@ -502,9 +512,7 @@ class _Lane:
         for offset in range(len(group.events)):
             known = duplicates.get(offset)
             at_ms, at_seq = known or (ms, seq)
-            receipts.append(
-                Receipt(tenant, epoch, f"{at_ms}-{at_seq}", at_seq, known is not None, reached)
-            )
+            receipts.append(Receipt(tenant, epoch, at_ms, at_seq, known is not None, reached))
             seq += known is None
         return receipts
 

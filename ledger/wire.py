@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 from collections import deque
 from collections.abc import Callable
 from functools import partial
@@ -25,6 +26,7 @@ Answered = Callable[[list[Any] | None, Exception | None], None]
 """What is called with a request's replies, error replies among them, or with why none came."""
 
 _NOT_ENOUGH: Final = object()
+_CALL_BYTES: Final = 1024 * 1024
 _log = logging.getLogger("ledger")
 
 
@@ -52,6 +54,7 @@ class Wire(asyncio.Protocol):
         self._watch: asyncio.TimerHandle | None = None
         self._transport.set_protocol(self)
         self._transport.resume_reading()
+        _fit_a_call(self._transport.get_extra_info("socket"))
         self.address = (getattr(connection, "host", None), getattr(connection, "port", None))
         """Host and port that redis-py connected to; None for a socket in the file system."""
         reader = connection._reader  # noqa: SLF001 - as above
@@ -158,6 +161,14 @@ def _tell(answered: Answered, replies: list[Any] | None, error: Exception | None
         answered(replies, error)
     except Exception:  # noqa: BLE001 - logged
         _log.exception("a defect where a reply was awaited")
+
+
+def _fit_a_call(endpoint: socket.socket) -> None:
+    """Lets a whole call go out in one write. A Unix socket's buffer does not grow by itself, and
+    the server would wait each time for our loop to come round to the rest.
+    """
+    if endpoint.family == socket.AF_UNIX:
+        endpoint.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _CALL_BYTES)
 
 
 def _settle(

@@ -18,6 +18,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from hypothesis.stateful import run_state_machine_as_test as run_machine
+from msgspec import structs
 
 import ledger
 from ledger import Decision, Durability, Feedback, Ledger, Settings, errors, events, keys, sync
@@ -178,7 +179,7 @@ async def test_the_same_event_again_returns_the_first_receipt(book, tenant):
     """Across calls, and within a batch: recorded once, `duplicate` says so."""
     first = await book.append(tenant, decision("a"))
     again = await book.append(tenant, decision("a"))
-    assert again == first._replace(duplicate=True)
+    assert again == structs.replace(first, duplicate=True)
     receipts = await book.append_many(
         tenant, [decision("b"), decision("a"), decision("b"), decision("c")]
     )
@@ -253,7 +254,7 @@ async def test_duplicates_are_found_before_the_expected_seq(book, tenant):
     first = await book.append_many(tenant, batch, expected_seq=0)
     await book.append(tenant, decision("c"))
     again = await book.append_many(tenant, batch, expected_seq=0)
-    assert again == [receipt._replace(duplicate=True) for receipt in first]
+    assert again == [structs.replace(receipt, duplicate=True) for receipt in first]
 
 
 async def test_a_partial_duplicate_appends_the_rest(book, tenant):

@@ -7,6 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 from hypothesis.stateful import run_state_machine_as_test as run_machine
+from msgspec import structs
 
 from ledger import Decision, errors, keys, sync
 from tests.servers import new_tenant
@@ -99,7 +100,9 @@ class ForeignHands(RuleBasedStateMachine):
     def append_again(self, pick):
         event_id = picked(sorted(self.receipts), pick)
         first = self.receipts[event_id]
-        assert self.book.append(self.tenant, decision(event_id)) == first._replace(duplicate=True)
+        assert self.book.append(self.tenant, decision(event_id)) == structs.replace(
+            first, duplicate=True
+        )
 
     @rule()
     def reindex(self):
@@ -111,7 +114,7 @@ class ForeignHands(RuleBasedStateMachine):
         assert self.book.reindex(self.tenant) == len(left)
         epoch = self.book.head(self.tenant).epoch
         self.receipts = {
-            event_id: receipt._replace(epoch=epoch)
+            event_id: structs.replace(receipt, epoch=epoch)
             for event_id, receipt in self.receipts.items()
             if receipt in left
         }

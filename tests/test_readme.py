@@ -1,5 +1,6 @@
 """What the README shows works."""
 
+import json
 import os
 import re
 import subprocess
@@ -25,10 +26,10 @@ def environment(embedded_dir):
     }
 
 
-def run(argv, embedded_dir, **options):
+def run(argv, embedded_dir, own=(), **options):
     done = subprocess.run(
         argv,
-        env=environment(embedded_dir),
+        env=environment(embedded_dir) | dict(own),
         capture_output=True,
         text=True,
         timeout=90,
@@ -41,15 +42,28 @@ def run(argv, embedded_dir, **options):
 
 def test_python_example_runs_as_it_stands(embedded_dir):
     """The ten-line example appends, folds and reads its own write."""
-    example, _ = blocks("python")
+    example, *_ = blocks("python")
     assert run([sys.executable, "-c", example], embedded_dir).split() == ["1", "fsynced", "1", "1"]
 
 
 def test_the_policy_closes_the_loop(embedded_dir):
     """The policy reads the false negatives, lowers the threshold, and sees it in force."""
-    _, policy = blocks("python")
+    _, policy, _ = blocks("python")
     assert run([sys.executable, "-c", policy], embedded_dir).split() == ["0.7"]
     assert run([sys.executable, "-c", policy], embedded_dir).split() == ["0.6"]
+
+
+def test_projection_of_ones_own_is_folded(embedded_dir, tmp_path):
+    """The fold of the README, by its import path, is folded and read."""
+    (tmp_path / "my_folds.py").write_text(blocks("python")[2])
+    own = {"GOVLEDGER_PROJECTIONS": "my_folds:DenyStreak", "PYTHONPATH": str(tmp_path)}
+    event = '{"type":"decision.recorded","id":"d%d","agent":{"id":"a"},"action":{"type":"x"},'
+    lines = "\n".join((event + '"verdict":"deny"}') % n for n in range(3))
+    govledger = [sys.executable, "-m", "ledger"]
+    run([*govledger, "append", "acgs-dev", "-"], embedded_dir, own, input=lines)
+    run([*govledger, "project", "--once"], embedded_dir, own)
+    state = [*govledger, "state", "acgs-dev", "--projection", "deny-streak", "--json"]
+    assert json.loads(run(state, embedded_dir, own))["value"] == {"denied": 3}
 
 
 def test_every_command_works_in_order(embedded_dir):
