@@ -26,7 +26,8 @@
     │   ├── ServerLoading            the data set is still being read
     │   ├── ServerBusy               a snapshot error, a script or a failover holds writes back
     │   ├── FunctionMissing          the function library is not there and may not be loaded
-    │   └── EmbeddedServerError      the private server did not start
+    │   ├── EmbeddedServerError      the private server did not start
+    │   └── StateUnavailable         a reader is cut off, and what it has is too old to be served
     ├── ServerError                  the server refused the command for a reason we do not know
     ├── NotFound                     no such tenant, entry or state
     ├── EntriesMissing               the record has a hole
@@ -71,6 +72,7 @@ __all__ = [
     "ServerInUse",
     "ServerLoading",
     "ServerUnreachable",
+    "StateUnavailable",
     "StreamBlocked",
     "TlsFailed",
     "Unavailable",
@@ -206,6 +208,13 @@ class FunctionMissing(Unavailable):
 
 class EmbeddedServerError(Unavailable):
     """The private server did not start or did not answer; the message ends with its log."""
+
+
+class StateUnavailable(Unavailable):
+    """A reader cannot reach the server, and what it read last is too old to pass for current.
+
+    `facts`: tenant, and `seq` and `recorded_at` of what it read last, None where it has nothing.
+    """
 
 
 class ServerError(LedgerError):

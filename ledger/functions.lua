@@ -432,9 +432,39 @@ local function release(keys, args)
   return released
 end
 
--- KEYS: a projection's hash, its lease, then its buckets and the quarantine. ARGV: protocol, position
--- and build folded from ('' = none), position folded to, build, worker, lease in ms, then triples:
--- number of the key in KEYS, field, value.
+-- A snapshot has `state` as it was, and under `e:<name>` what another entity was before its first change
+-- since (empty: it was not there), until the next snapshot is made. So an entity at a snapshot is the
+-- first value found there, in the later ones, in the bucket. `build` says that nothing was lost of it.
+local FIRST_TRIPLE = 9
+local ENTITIES_A_CALL = 1000  -- `unpack` fails at 8,000
+
+local function keep_previous(keys, args, latest, first, last)
+  local fields, new = {}, {}
+  for i = first, last, 3 do fields[#fields + 1] = 'e:' .. args[i + 1] end
+  local kept = call('HMGET', keys[latest], unpack(fields))
+  for n, field in ipairs(fields) do
+    if not kept[n] then
+      local i = first + 3 * (n - 1)
+      local before = call('HGET', keys[tonumber(args[i])], args[i + 1])
+      new[#new + 1], new[#new + 2] = field, before or ''
+    end
+  end
+  if #new > 0 then call('HSET', keys[latest], unpack(new)) end
+end
+
+local function keep_all_previous(keys, args, latest, entities)
+  if latest == 0 or call('HGET', keys[latest], 'build') ~= args[4] then return end
+  local last = FIRST_TRIPLE + 3 * (entities - 1)
+  for first = FIRST_TRIPLE, last, 3 * ENTITIES_A_CALL do
+    keep_previous(keys, args, latest, first, math.min(last, first + 3 * (ENTITIES_A_CALL - 1)))
+  end
+end
+
+-- KEYS: a projection's hash, its lease, then its buckets, the quarantine and snapshots. ARGV: protocol,
+-- position and build folded from ('' = none), position folded to, build, worker, lease in ms, snapshots,
+-- state for a new one, then triples: number of the key in KEYS, field, value. Snapshots: number of the
+-- latest one's key, how many of the triples come first and change entities, numbers of the new one's
+-- key and of the list's, its seq; each 0 where there is none.
 local function commit(keys, args)
   local refusal = protocol_refusal(args[1])
   if refusal then return refusal end
@@ -442,11 +472,45 @@ local function commit(keys, args)
   if committed ~= args[2] then return refuse('LEDGERPOSITION', committed) end
   local holder, left_ms = take_lease(keys[2], args[5], args[6])
   if holder then return refuse('LEDGERLEASE', left_ms, holder) end
+  local latest, entities, new, list, seq = string.match(args[7], '^(%d+) (%d+) (%d+) (%d+) (%d+)$')
+  keep_all_previous(keys, args, tonumber(latest), tonumber(entities))
   call('HSET', keys[1], 'position', args[3], 'build', args[4])
-  for i = 7, #args, 3 do
+  for i = FIRST_TRIPLE, #args, 3 do
     call('HSET', keys[tonumber(args[i])], args[i + 1], args[i + 2])
   end
+  if new ~= '0' then
+    call('DEL', keys[tonumber(new)])
+    call('HSET', keys[tonumber(new)], 'state', args[8], 'position', args[3], 'build', args[4])
+    call('HSET', keys[tonumber(list)], seq, args[3] .. ' ' .. args[4])
+  end
   return 1
+end
+
+-- Drops a snapshot that is not the latest. What it has of entities goes to the one before it, a part at
+-- each call; it ceases to be a place to begin from at the first. KEYS: projection's hash, lease, list of
+-- snapshots, the one to drop, the one before it where there is one. ARGV: protocol, position and build
+-- that the list was read with, worker, lease in ms, seq, cursor ('0' at first), how many fields to move.
+-- Answers the next call's cursor, or an empty one where nothing is left.
+local function drop_snapshot(keys, args)
+  local refusal = protocol_refusal(args[1])
+  if refusal then return refusal end
+  local committed = committed_at(keys[1])
+  if committed ~= args[2] then return refuse('LEDGERPOSITION', committed) end
+  local holder, left_ms = take_lease(keys[2], args[3], args[4])
+  if holder then return refuse('LEDGERLEASE', left_ms, holder) end
+  if keys[5] then
+    call('HSET', keys[3], args[5], 'merging')
+    call('HDEL', keys[4], 'state')
+    local cursor, page = unpack(call('HSCAN', keys[4], args[6], 'MATCH', 'e:*', 'COUNT', args[7]))
+    for i = 1, #page, 2 do
+      call('HSETNX', keys[5], page[i], page[i + 1])
+      call('HDEL', keys[4], page[i])
+    end
+    if cursor ~= '0' or call('HLEN', keys[4]) > 2 then return cursor end  -- position and build stay
+  end
+  call('HDEL', keys[3], args[5])
+  call('UNLINK', keys[4])
+  return ''
 end
 
 -- Puts a rebuilt projection in the place of the old one. KEYS: pairs of old and rebuilt key, the
@@ -471,7 +535,7 @@ end
 local ENVELOPE_TAIL = '"createdAt":"([^"]*)","updatedAt":"[^"]*","metadata":{"epoch":"(%x+)",'
   .. '"position":"[^"]*","seq":(%d+),"projection":"[^"{}]*","version":(%d+)([^{}]*)}}$'
 local ENVELOPE_TAIL_BYTES = 600
-local PUBLISHED, OTHER_EPOCH, OVERTAKEN = 1, 2, 0
+local PUBLISHED, OTHER_EPOCH, OVERTAKEN, NOBODY_TOLD = 1, 2, 0, 3
 
 -- KEYS: the published key. ARGV: protocol, value, now as ISO 8601, epoch, seq, version, metadata, TTL in
 -- s (0 = none), then what may be replaced: `older`, `equal` too, any of a later version (`pinned`), or
@@ -501,6 +565,9 @@ local function publish(keys, args)
   else
     call('SET', keys[1], envelope)
   end
+  -- Readers listen to the channel of the key's name; their own checks find what they were not told.
+  local told = redis.pcall('PUBLISH', keys[1], args[4] .. '/' .. args[5])
+  if type(told) == 'table' then return NOBODY_TOLD end
   return PUBLISHED
 end
 
@@ -527,6 +594,7 @@ redis.register_function('govledger_begin_epoch', begin_epoch)
 redis.register_function('govledger_lease', lease)
 redis.register_function('govledger_release', release)
 redis.register_function('govledger_commit', commit)
+redis.register_function('govledger_drop_snapshot', drop_snapshot)
 redis.register_function('govledger_adopt', adopt)
 redis.register_function('govledger_publish', publish)
 redis.register_function{function_name = 'govledger_version', flags = {'no-writes'},

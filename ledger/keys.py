@@ -38,6 +38,8 @@ __all__ = [
     "projection_bucket",
     "projection_quarantine",
     "published",
+    "snapshot",
+    "snapshots",
 ]
 
 LEDGER: Final = "claude-flow:ledger"
@@ -129,6 +131,18 @@ def projection_quarantine(tenant: str) -> str:
 def lease(tenant: str, name: str) -> str:
     """String: the worker that folds a projection now. Expires 5 s after its last commit."""
     return f"{LEDGER}:{{{tenant}}}:lease:{name}"
+
+
+def snapshots(tenant: str, name: str, version: int) -> str:
+    """Hash: the seq of each snapshot that is kept of a projection → its position and build."""
+    return f"{LEDGER}:{{{tenant}}}:snapshot:{name}@{version}"
+
+
+def snapshot(tenant: str, name: str, version: int, seq: int) -> str:
+    """Hash: a projection's `state` at that seq, and what other entities were before they changed
+    between it and the next snapshot.
+    """
+    return f"{snapshots(tenant, name, version)}:{seq}"
 
 
 def published(tenant: str, name: str) -> str:

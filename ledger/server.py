@@ -12,7 +12,8 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
 from importlib.resources import files
@@ -105,6 +106,7 @@ class Server:
         self._node_settings: dict[str, tuple[int, NodeSettings]] = {}
         self._sentinels: list[Redis] = []
         self._primary_at: tuple[Any, Any] | None = None
+        self._own_wires: set[Wire] = set()
         self._closed = False
         self.generation = 0
         """Grows with each connection that broke or opened: it may lead to another node."""
@@ -134,6 +136,8 @@ class Server:
     async def aclose(self) -> None:
         """Closes every connection and, for an embedded server, leaves it to its other users."""
         self._closed = True
+        for wire in list(self._own_wires):
+            wire.abort()
         for one in self._pools():
             one.close()
         for _ in range(3):  # a socket is closed a turn of the loop later, under TLS two
@@ -341,6 +345,33 @@ class Server:
             return None
         wire = node.take()
         return (node, wire) if wire else None
+
+    @property
+    def closed(self) -> bool:
+        """Whether `aclose` was called."""
+        return self._closed
+
+    @asynccontextmanager
+    async def own_wire(self, key: str) -> AsyncIterator[Wire]:
+        """A connection to the node of `key` for one user alone; closed afterwards, or by `aclose`.
+
+        Raises:
+            Unavailable: it cannot be opened. Nothing is tried again.
+        """
+        if self._closed:
+            raise errors.ServerUnreachable(f"{self.address}: this connection was closed")
+        node = self._pool(key)
+        try:
+            wire = await self._opened(node, REPLY_TIMEOUT_S)
+        except (redis_errors.RedisError, OSError) as error:
+            raise translate(error, self.address) from error
+        self._own_wires.add(wire)
+        try:
+            yield wire
+        finally:
+            self._own_wires.discard(wire)
+            wire.abort()
+            node.give(wire)
 
     def _pool(self, key: str) -> Pool:
         if self._primary:

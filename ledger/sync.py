@@ -69,6 +69,15 @@ class Ledger:
         self._thread.join()
         self._loop.close()
 
+    @property
+    def wrapped(self) -> AsyncLedger:
+        """The ledger that lives on this one's event loop; use it with `run` alone."""
+        return self._ledger
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Runs a coroutine on this ledger's event loop, and waits for it."""
+        return self._run(work)
+
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 

@@ -35,6 +35,8 @@ class Wire(asyncio.Protocol):
 
     def __init__(self, connection: AbstractConnection) -> None:
         self.closed = False
+        self.pushed: Callable[[list[Any]], None] | None = None
+        """Takes what the server says unasked, such as a channel's messages."""
         self._connection = connection
         self._loop = asyncio.get_running_loop()
         # redis-py has no public way to it; the tests on every server kind notice when it moves.
@@ -106,7 +108,9 @@ class Wire(asyncio.Protocol):
             reader.feed(data)
             while (reply := reader.gets()) is not _NOT_ENOUGH:
                 if isinstance(reply, hiredis.PushNotification):
-                    continue  # news of the server's, nobody's reply
+                    if self.pushed is not None:
+                        self.pushed(reply)
+                    continue  # nobody's reply
                 self._replies.append(reply)
                 if self._asked and len(self._replies) == self._asked[0][0]:
                     _, answered, _ = self._asked.popleft()

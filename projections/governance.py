@@ -42,6 +42,7 @@ class Governance:
     version = 1
     naming = FOLLOW_UPS
     wants_subjects = True
+    keeps_snapshots = True
 
     def names(self, entry: Entry) -> tuple[str, ...]:
         """A follow-up's decision."""

@@ -12,6 +12,7 @@ A copy, with the guide's TTL: `claude-flow:memory:{tenant}:{name}:state` (withou
 
 from __future__ import annotations
 
+import logging
 import secrets
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,15 +29,27 @@ from ledger.server import LIBRARY_VERSION, Server, pack
 from ledger.stream import Head, Position, read_head, split_id
 from projections.lease import LEASE_MS, lease_held, worker_name
 from projections.projection import STATE, Entities, Projection
+from projections.snapshots import (
+    FIELD,
+    Kept,
+    key_of,
+    list_key,
+    packed,
+    parse_list,
+    snapshot_is_due,
+    spare,
+)
 
 __all__ = ["Committed", "FoldStore", "PublishedState", "Standing", "encode_entity"]
 
 BUCKETS: Final = 1024
 REBUILD: Final = "rebuild"
 STOPPED: Final = "stopped"
+SNAPSHOT_FIELDS_A_CALL: Final = 1000
 PINNED: Final = ":pinned"
 _TAIL_BYTES: Final = 400
-_OVERTAKEN, _PUBLISHED, _OTHER_EPOCH = 0, 1, 2
+_OVERTAKEN, _PUBLISHED, _OTHER_EPOCH, _NOBODY_TOLD = 0, 1, 2, 3
+_log = logging.getLogger("ledger")
 Replaces = Literal["older", "equal", "pinned", "any"]
 """Which published copy may be replaced beside one that is older: one of the same seq, or of a later
 version than the one that a command pinned."""
@@ -136,6 +149,9 @@ class FoldStore:
         self._key = f"{self._live}:{REBUILD}" if rebuild else self._live
         self._quarantine = keys.projection_quarantine(tenant)
         self._published = keys.published(tenant, projection.name)
+        self._rebuild = rebuild
+        self._list = list_key(tenant, name, projection.version, rebuild=rebuild)
+        self._snapshots: list[Kept] = []
 
     def _bucket(self, name: str) -> str:
         return f"{self._key}:{crc32(name.encode()) % BUCKETS}"
@@ -146,12 +162,14 @@ class FoldStore:
         Where one of them is gone, what is left of the others is deleted, and a new build begins:
         a fold on top of leftovers would count them again.
         """
-        position, build, state, stopped = await self._server.command(
-            self._key, "HMGET", self._key, "position", "build", STATE, STOPPED
-        )
+        read = pack("HMGET", self._key, "position", "build", STATE, STOPPED)
+        # The list last: who adds to it after that moves the position, so no commit of ours lands.
+        replies = await self._server.exchange(self._key, [read, pack("HGETALL", self._list)], 2)
+        (position, build, state, stopped), listed = map(self._server.checked, replies)
         try:
             at = Position.parse(position.decode())
             why = stopped.decode() if stopped else None
+            self._snapshots = parse_list(listed)
             return Committed(at, build.decode(), why), orjson.loads(state)
         except (AttributeError, TypeError, ValueError):
             await self.discard()
@@ -193,8 +211,14 @@ class FoldStore:
         on: list[str] = [self._key, self._lease]
         fields: list[bytes | str | int] = []
         for name, entity in changed.items():
-            on.append(self._key if name == STATE else self._bucket(name))
-            fields += [len(on), name, encode_entity(entity)]
+            if name != STATE:
+                on.append(self._bucket(name))
+                fields += [len(on), name, encode_entity(entity)]
+        entities, state = len(fields) // 3, b""
+        if STATE in changed:
+            state = encode_entity(changed[STATE])
+            fields += [1, STATE, state]
+        snapshots, state = self._snapshot(on, entities, position, state)
         for seq, reason in quarantined.items():
             on.append(self._quarantine)
             fields += [len(on), f"{self.projection.name}@{self.projection.version}:{seq}", reason]
@@ -208,11 +232,58 @@ class FoldStore:
                 before.build,
                 self._worker,
                 LEASE_MS,
+                snapshots,
+                state,
                 *fields,
             )
         except errors.ServerError as error:
             raise self._conflict(before, error) or error from None
+        if state:
+            self._snapshots.append(Kept(position.seq, position, before.build))
+            await self._drop_spare_snapshots(after)
         return after
+
+    def _snapshot(
+        self, on: list[str], entities: int, position: Position, state: bytes
+    ) -> tuple[str, bytes]:
+        """What a commit is told about snapshots, and the state for a new one where one is due."""
+        if not getattr(self.projection, "keeps_snapshots", False):
+            return "0 0 0 0 0", b""
+        latest = new = 0
+        if self._snapshots and entities:
+            on.append(key_of(self._list, self._snapshots[-1].seq))
+            latest = len(on)
+        if state and snapshot_is_due(self._snapshots, position.seq):
+            on += [key_of(self._list, position.seq), self._list]
+            new = len(on) - 1
+        told = f"{latest} {entities} {new} {new and new + 1} {position.seq}"
+        return told, packed(state) if new else b""
+
+    async def _drop_spare_snapshots(self, committed: Committed) -> None:
+        """Makes room for the next snapshots, a little at each call to the server.
+
+        Raises:
+            CommitConflict, LeaseHeld: another worker folds this tenant now.
+        """
+        while (place := spare(self._snapshots)) is not None:
+            seqs = [one.seq for one in self._snapshots[max(place - 1, 0) : place + 1]]
+            dropped = [key_of(self._list, seq) for seq in reversed(seqs)]
+            on, cursor = [self._key, self._lease, self._list, *dropped], b"0"
+            try:
+                while cursor:
+                    cursor = await self._server.function(
+                        "govledger_drop_snapshot",
+                        on,
+                        committed.token,
+                        self._worker,
+                        LEASE_MS,
+                        seqs[-1],
+                        cursor,
+                        SNAPSHOT_FIELDS_A_CALL,
+                    )
+            except errors.ServerError as error:
+                raise self._conflict(committed, error) or error from None
+            del self._snapshots[place]
 
     def _conflict(self, before: Committed, error: errors.ServerError) -> errors.LedgerError | None:
         _, lease, facts = error.message.partition("LEDGERLEASE ")
@@ -263,7 +334,11 @@ class FoldStore:
             head = await read_head(self._server, self.tenant)
             if head.epoch == position.epoch:
                 answer = await self._server.function("govledger_publish", [key], *args, "any")
-        return bool(answer == _PUBLISHED)
+        if answer == _NOBODY_TOLD:
+            _log.debug(
+                "readers are not told of %s, and notice it later: grant the ACL's &%s", key, key
+            )
+        return bool(answer in (_PUBLISHED, _NOBODY_TOLD))
 
     def _metadata(self, position: Position, stopped: str | None) -> bytes:
         about: dict[str, Any] = {
@@ -327,12 +402,18 @@ class FoldStore:
 
     async def discard(self) -> None:
         """Deletes everything that this store has committed."""
-        await self._server.command(self._key, "UNLINK", *self._all_keys())
+        seqs = await self._snapshot_seqs()
+        self._snapshots = []
+        await self._server.command(self._key, "UNLINK", *self._all_keys(), *self._kept_keys(seqs))
 
     async def adopt(self, committed: Committed) -> None:
         """Puts this rebuilt state in the place of the live one, in one step."""
         live = FoldStore(self._server, self.tenant, self.projection)
-        pairs = zip(live._all_keys(), self._all_keys(), strict=True)
+        seqs = await self._snapshot_seqs() | await live._snapshot_seqs()
+        pairs = [
+            *zip(live._all_keys(), self._all_keys(), strict=True),
+            *zip(live._kept_keys(seqs), self._kept_keys(seqs), strict=True),
+        ]
         on = [key for pair in pairs for key in pair]
         await self._server.function("govledger_adopt", on, committed.token)
 
@@ -370,6 +451,52 @@ class FoldStore:
         if not fields:
             return 0
         return int(await self._server.command(self._quarantine, "HDEL", self._quarantine, *fields))
+
+    async def _snapshot_seqs(self) -> set[int]:
+        return {one.seq for one in await self.snapshots()}
+
+    def _kept_keys(self, seqs: Iterable[int]) -> list[str]:
+        return [self._list, *(key_of(self._list, seq) for seq in sorted(seqs))]
+
+    # -- the past -----------------------------------------------------------------------------
+
+    async def snapshots(self) -> list[Kept]:
+        """The snapshots that are kept, in order."""
+        return parse_list(await self._server.command(self._list, "HGETALL", self._list))
+
+    async def snapshot_state(self, kept: Kept) -> bytes | None:
+        """The compressed entity `state` of a snapshot; None where it is one no more."""
+        key = key_of(self._list, kept.seq)
+        state, build = await self._server.command(key, "HMGET", key, STATE, "build")
+        return None if build is None or build.decode() != kept.build else state
+
+    async def load_at(self, base: Kept, names: Iterable[str]) -> dict[str, bytes] | None:
+        """The named entities as they were at a snapshot, those that existed; None where too much
+        changed meanwhile to say so: the snapshot was dropped, or the projection rebuilt.
+        """
+        # What is there now is read first: a commit after that puts what it changes into a snapshot
+        # that is not asked, or was already; so each part is asked newer to older.
+        wanted = list(names)
+        now = [pack("HGET", self._bucket(name), name) for name in wanted]
+        replies = await self._server.exchange(
+            self._key, [*now, pack("HGETALL", self._list)], len(now) + 1
+        )
+        *current, listed = map(self._server.checked, replies)
+        chain = [one for one in reversed(parse_list(listed)) if one.seq >= base.seq]
+        fields = [FIELD + name for name in wanted]
+        asked = [pack("HMGET", key_of(self._list, one.seq), "build", *fields) for one in chain]
+        asked.append(pack("HEXISTS", key_of(self._list, base.seq), STATE))
+        *rows, is_base = map(
+            self._server.checked, await self._server.exchange(self._list, asked, len(asked))
+        )
+        builds = {build for build, *_ in rows}
+        if not is_base or builds != {base.build.encode()}:
+            return None
+        found: dict[str, bytes | None] = dict(zip(wanted, current, strict=True))
+        for _, *before in rows:
+            pairs = zip(wanted, before, strict=True)
+            found |= {name: value for name, value in pairs if value is not None}
+        return {name: value for name, value in found.items() if value}
 
     def _all_keys(self) -> list[str]:
         return [self._key, *(f"{self._key}:{n}" for n in range(BUCKETS))]

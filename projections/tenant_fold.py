@@ -113,6 +113,10 @@ class TenantFold:
         self._entities.clear()
         self._subjects.forget()
 
+    def begin_with(self, state: dict[str, Any]) -> None:
+        """What is applied next goes on top of this entity `state`."""
+        self._entities[STATE] = state
+
     async def begin(self) -> Walk:
         """Where the next fold goes on.
 

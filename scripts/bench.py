@@ -544,6 +544,64 @@ async def fold(bench: Bench) -> Measured:
         return await bench.alternate(ours, partial(_xrange_rate, bench, tenant), keep=True)
 
 
+async def read_cached(bench: Bench) -> Measured:
+    """The typed state from the reader's cache; GET and orjson's parse of the same, unchecked."""
+    await bench.reset("everysec")
+    tenant = await bench.new_tenant()
+    await bench.fill(tenant, 2_000)
+    await Projector(bench.ledger).run_once([tenant])
+    key, server = keys.governance_state(tenant), bench.ledger.server
+
+    async def ours() -> float:
+        count = bench.size(100_000)
+        async with StateReader(bench.ledger) as reader:
+            await reader.governance(tenant)
+            begin_s = time.perf_counter()
+            for _ in range(count):
+                await reader.governance(tenant)
+            return (time.perf_counter() - begin_s) / count * 1e6
+
+    async def get_and_parse() -> float:
+        count = bench.size(10_000)
+        begin_s = time.perf_counter()
+        for _ in range(count):
+            orjson.loads(await server.command(key, "GET", key))
+        return (time.perf_counter() - begin_s) / count * 1e6
+
+    return await bench.alternate(ours, get_and_parse, keep=True)
+
+
+async def as_of(bench: Bench, *, snapshots: bool) -> Measured:
+    """The state in the middle of a history; a projector's fold of half as many entries."""
+    await bench.reset("everysec")
+    tenant, count = await bench.new_tenant(), bench.size(200_000)
+    for _ in range(4):
+        await bench.fill(tenant, count // 4)
+    governance = Governance()
+    store = FoldStore(bench.ledger.server, tenant, governance)
+
+    async def half_a_fold() -> float:
+        await store.discard()
+        begin_s = time.perf_counter()
+        await Projector(bench.ledger, [governance]).run_once([tenant])
+        return (time.perf_counter() - begin_s) / 2
+
+    async def ours() -> float:
+        if not snapshots:
+            await bench.command("DEL", keys.snapshots(tenant, governance.name, governance.version))
+        begin_s = time.perf_counter()
+        # One before a page ends, where snapshots are made: the nearest one is the farthest away.
+        await StateReader(bench.ledger).governance(tenant, as_of=count // 2 - 1)
+        return time.perf_counter() - begin_s
+
+    with frozen_heap(as_command=True):
+        await half_a_fold()
+        measured = await bench.alternate(ours, half_a_fold, keep=True)
+    kept = len(await store.snapshots())
+    measured.note = f"{count:,} entries, {kept} snapshots" if snapshots else f"{count:,} entries"
+    return measured
+
+
 async def backlog(bench: Bench) -> Measured:
     """One worker's way from nothing folded to published, in entries a second."""
     tenant = await _long_history(bench, 500_000)
@@ -783,6 +841,12 @@ ROWS: Final = [
         "", "ms", 2.0, read, at_most=True, absolute=True),
     Row("replay", "replay, entries out", "XRANGE", "/s", 0.5, replay),
     Row("fold", "replay and governance fold", "XRANGE", "/s", 0.2, fold),
+    Row("read-cached", "reader.governance from the cache",
+        "GET and parse", "µs", 0.1, read_cached, at_most=True),
+    Row("as-of", "as_of in the middle of 200,000 entries, no snapshots",
+        "fold of half", "s", 1.0, partial(as_of, snapshots=False), at_most=True),
+    Row("as-of-snapshots", "the same, with snapshots",
+        "fold of half", "s", 0.1, partial(as_of, snapshots=True), at_most=True),
     Row("backlog", "a backlog of 500,000 folded, committed and published, one worker",
         "XRANGE", "/s", 0.15, backlog),
     Row("peer", "the same, 100,000, beside the eventsourcing library's on SQLite",

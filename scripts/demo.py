@@ -1,4 +1,4 @@
-"""Shows the whole way on one machine: append, fold, read the state, replay, compare.
+"""Shows the whole way on one machine: append, fold, read the state, replay, compare, adapt.
 
 An embedded server is started in a temporary directory. For each of four tenants two writers, in
 different processes, send the shipped events at the same time, one in batches and one event by
@@ -25,15 +25,16 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Final
 
+import msgspec
 import orjson
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
-from ledger import Entry, Event, Ledger, Receipt, errors, event_from_json
+from ledger import Entry, Event, Ledger, Receipt, ThresholdChanged, errors, event_from_json
 from ledger.embedded import EmbeddedServer, is_running
 from ledger.service.terminal import spare_gc
-from projections import Governance, Projector, PublishedState, StateReader
+from projections import Governance, GovernanceState, Projector, PublishedState, StateReader
 from projections.bodies import subject_id
 from projections.projection import Entities
 from projections.store import encode_entity
@@ -42,6 +43,8 @@ BATCH_EVENTS: Final = 20
 DAY: Final = timedelta(days=1)
 LINGER_S: Final = 0.2
 STOP_TIMEOUT_S: Final = 30.0
+MISSED_AT_MOST: Final = 0.05
+THRESHOLD_STEP: Final = 0.1
 
 console = Console(width=None if sys.stdout.isatty() else 110)
 
@@ -319,6 +322,46 @@ async def replay_and_compare(
     console.print(f"fold(replay({tenant})) = its published state, {len(value):,} bytes of JSON")
 
 
+def stricter(state: GovernanceState) -> ThresholdChanged | None:
+    """A small adaptive policy: a lower threshold where too much is let through."""
+    missed, now = state.feedback.overall.false_negative_rate, state.thresholds.current
+    if missed.rate is None or missed.rate <= MISSED_AT_MOST or not now:
+        return None
+    return ThresholdChanged(
+        id=f"stricter-than-{now[0].version}",
+        scope=now[0].scope,
+        level=now[0].level,
+        old=now[0].value,
+        new=round(now[0].value - THRESHOLD_STEP, 2),
+        cause=f"{missed.numerator} of {missed.denominator} were let through",
+    )
+
+
+async def adapt(ledger: Ledger, tenant: str) -> None:
+    """Closes the loop: reads a state, appends what the policy makes of it, sees it in the next."""
+    async with StateReader(ledger) as reader:
+        before = await reader.governance(tenant)
+        change = stricter(before)
+        if change is None:
+            sys.exit(f"{tenant}: the policy found nothing to change")
+        receipt = await ledger.append(tenant, change)
+        await Projector(ledger).run_once([tenant])
+        after = await reader.governance(tenant, at_least=receipt)
+        threshold = after.thresholds.of(change.scope, change.level)
+        then = await reader.governance(tenant, as_of=before.seq)
+    if threshold is None or threshold.value != change.new or then != _as_folded(before):
+        sys.exit(f"{tenant}: the next state does not show the new threshold, or the past moved")
+    console.print(
+        f"a policy read that {change.cause}, and made {change.scope} stricter: {change.old} → "
+        f"{threshold.value}, version {threshold.version}; seq {after.seq} shows it, and the state "
+        f"as of seq {then.seq} is what it was"
+    )
+
+
+def _as_folded(state: GovernanceState) -> GovernanceState:
+    return msgspec.structs.replace(state, source="folded")
+
+
 async def demo() -> None:
     """The whole way."""
     loop, me = asyncio.get_running_loop(), asyncio.current_task()
@@ -341,6 +384,7 @@ async def demo() -> None:
             console.print(state_table(states))
             chosen = next(iter(states.values()))
             await replay_and_compare(ledger, chosen, tallies[chosen.tenant].ids, speeds)
+            await adapt(ledger, chosen.tenant)
     console.print(speeds.table)
     console.print("the server has stopped, and its directory is gone")
 

@@ -606,12 +606,12 @@ async def put_agents(ledger, tenant, count):
 
 
 async def test_decision_costs_the_same_among_many_with_follow_ups(fresh_server):
-    """Takeover, fold and publish take the same calls, and bytes but for longer numbers, after 100
-    decisions with follow-ups and after 20,000.
+    """Takeover, fold and publish take the same calls, and bytes but for longer numbers, after
+    1,500 decisions with follow-ups (which have a snapshot) and after 20,000.
     """
     server, costs = fresh_server(), []
     async with Ledger.connect(server.url) as ledger:
-        for tenant, count in (("few", 100), ("many", 20_000)):
+        for tenant, count in (("few", 1_500), ("many", 20_000)):
             for start in range(0, count, 500):
                 events = []
                 for n in range(start, min(start + 500, count)):

@@ -710,3 +710,18 @@ def test_event_types_are_known_to_the_command_line(shipped):
     assert (done.code, done.out) == (0, "")
     assert done.err.startswith("warning: --type decision.recoded is none of ")
     assert all(kind in done.err for kind in event_types())
+
+
+def test_state_of_the_past(valkey, tenant):
+    """--as-of takes a seq, a time or a date, and says where the state is from."""
+    lines = as_lines(*(decision(f"d-{n}", tenant=tenant) for n in range(3)))
+    assert run(valkey.url, "append", tenant, "-", stdin=lines).code == 0
+    for point, total in (("2", 2), ("2199-01-01", 3), ("2199-01-01T00:00:00Z", 3)):
+        done = run(valkey.url, "state", tenant, "--as-of", point, "--json")
+        assert done.code == 0, done.err
+        found = json.loads(done.out)
+        assert (found["seq"], found["source"], found["behind"]) == (total, "folded", 3 - total)
+        assert found["value"]["decisions"]["total"] == total
+    assert run(valkey.url, "state", tenant, "--as-of", "2001-01-01").code == 1
+    assert run(valkey.url, "state", tenant, "--as-of", "yesterday").code == 2
+    assert run(valkey.url, "state", tenant, "--as-of", "1", "--wait-for", "1").code == 2

@@ -42,13 +42,20 @@ def run(argv, embedded_dir, own=(), **options):
 
 def test_python_example_runs_as_it_stands(embedded_dir):
     """The ten-line example appends, folds and reads its own write."""
-    example, _ = blocks("python")
+    example, *_ = blocks("python")
     assert run([sys.executable, "-c", example], embedded_dir).split() == ["1", "fsynced", "1", "1"]
+
+
+def test_the_policy_closes_the_loop(embedded_dir):
+    """The policy reads the false negatives, lowers the threshold, and sees it in force."""
+    _, policy, _ = blocks("python")
+    assert run([sys.executable, "-c", policy], embedded_dir).split() == ["0.7"]
+    assert run([sys.executable, "-c", policy], embedded_dir).split() == ["0.6"]
 
 
 def test_projection_of_ones_own_is_folded(embedded_dir, tmp_path):
     """The fold of the README, by its import path, is folded and read."""
-    (tmp_path / "my_folds.py").write_text(blocks("python")[1])
+    (tmp_path / "my_folds.py").write_text(blocks("python")[2])
     own = {"GOVLEDGER_PROJECTIONS": "my_folds:DenyStreak", "PYTHONPATH": str(tmp_path)}
     event = '{"type":"decision.recorded","id":"d%d","agent":{"id":"a"},"action":{"type":"x"},'
     lines = "\n".join((event + '"verdict":"deny"}') % n for n in range(3))
@@ -75,6 +82,7 @@ def test_every_command_works_in_order(embedded_dir):
         keys.index("tenant"),
         keys.projection("tenant", "governance", 1),
         keys.projection_active("tenant"),
+        keys.snapshots("tenant", "governance", 1),
         keys.TENANTS,
         keys.FEED,
         keys.attestation("<run_id>"),

@@ -20,12 +20,15 @@ from ledger.service.command import (
     app,
     connect,
     example,
+    moment,
     print_json,
     print_lines,
     usage,
 )
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
     from ledger import Head
     from projections import Projector
 
@@ -39,6 +42,7 @@ __all__: list[str] = []
     epilog=example(
         "govledger state acgs-dev",
         "govledger state acgs-dev --json --wait-for 3 --timeout 5",
+        "govledger state acgs-dev --as-of 250",
     )
 )
 def state(
@@ -54,6 +58,14 @@ def state(
     timeout_s: Annotated[
         float, typer.Option("--timeout", metavar="SECONDS", min=0, help="How long to wait for it.")
     ] = 10.0,
+    as_of: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SEQ|TIME",
+            show_default=False,
+            help="What it was when this seq was the head, or at this time; a date means its end.",
+        ),
+    ] = None,
     url: Url = None,
     as_json: Json = False,
 ) -> None:
@@ -69,7 +81,13 @@ def state(
 
         async with connect(url) as ledger:
             reader = StateReader(ledger)
-            found = await reader.state(tenant, projection, at_least=wait_for, timeout_s=timeout_s)
+            found = await reader.state(
+                tenant,
+                projection,
+                at_least=wait_for,
+                as_of=_point(as_of),
+                timeout_s=timeout_s,
+            )
             head = await ledger.head(tenant)
         if as_json:
             print_json(state_json(found, head))
@@ -77,6 +95,12 @@ def state(
             print_lines(*state_lines(found, head))
 
     terminal.run(work())
+
+
+def _point(as_of: str | None) -> int | datetime | None:
+    if as_of is not None and as_of.isascii() and as_of.isdigit():
+        return int(as_of)
+    return moment(as_of, "--as-of", at_the_end_of_a_day=True)
 
 
 # -- project, rebuild, reindex -----------------------------------------------------------------

@@ -26,7 +26,7 @@ def state_json(found: PublishedState, head: Head) -> dict[str, Any]:
 
     `behind` is how many entries are recorded and not folded, null where the ledger is of another
     epoch than the state; `age_seconds` is the time since the last folded entry was recorded;
-    `source` is `published`, or `committed` where that copy is gone.
+    `source` is `published`, `committed` where that copy is gone, `folded` for the past.
     """
     return {
         "tenant": found.tenant,
