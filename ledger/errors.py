@@ -58,8 +58,10 @@ __all__ = [
     "LedgerError",
     "LedgerRolledBack",
     "LibraryTooNew",
+    "MalformedValue",
     "NotCaughtUp",
     "NotFound",
+    "NotInitialized",
     "OutOfMemory",
     "PermissionDenied",
     "ReadOnlyReplica",
@@ -228,3 +230,11 @@ class LedgerRolledBack(LedgerError):
 
 class CommitConflict(LedgerError):
     """The committed position is not the one that this fold began from."""
+
+
+class MalformedValue(LedgerError, ValueError):
+    """What is stored under a memory key is no envelope, or does not fit the model asked for."""
+
+
+class NotInitialized(LedgerError, RuntimeError):
+    """The memory service was used before `initialize` or after `disconnect`."""

@@ -7,7 +7,7 @@ library and never a newer one. OLDEST_CLIENT is the oldest protocol that this fi
 Refusals of a whole call are error replies: a code of ours, then facts divided by spaces.
 Commit and publish never take the stream as a key, so a projector needs no right to write it. ]]
 
-local VERSION = 2
+local VERSION = 3
 local OLDEST_CLIENT = 2
 local CLOCK_SKEW_LIMIT_MS = 300000
 -- 15 digits are exact in a Lua number; a larger time half can only be foreign.
@@ -456,11 +456,42 @@ local function publish(keys, args)
   return 1
 end
 
+-- The memory service's envelope is the published one with any metadata.
+local MEMORY_TAIL = '"createdAt":"([^"]*)","updatedAt":"[^"]*","metadata":{[^{}]*}}$'
+
+-- When a memory key was first set: our own envelope's end says it, another client's is decoded.
+local function created_at(key)
+  local tail = call('GETRANGE', key, -ENVELOPE_TAIL_BYTES, -1)
+  if tail == '' then return nil end
+  local created = string.match(tail, MEMORY_TAIL)
+  if not created then
+    local whole, envelope = pcall(cjson.decode, call('GET', key))
+    created = whole and type(envelope) == 'table' and envelope.createdAt
+  end
+  if type(created) ~= 'string' or #created > 40 then return nil end
+  return string.match(created, '^[%w:.+-]+$')
+end
+
+-- KEYS: the memory key. ARGV: protocol, value, now as ISO 8601, metadata, TTL in s (0 = none).
+local function memory_set(keys, args)
+  local refusal = protocol_refusal(args[1])
+  if refusal then return refusal end
+  local envelope = '{"value":' .. args[2] .. ',"createdAt":"' .. (created_at(keys[1]) or args[3])
+    .. '","updatedAt":"' .. args[3] .. '","metadata":' .. args[4] .. '}'
+  if tonumber(args[5]) > 0 then
+    call('SET', keys[1], envelope, 'EX', args[5])
+  else
+    call('SET', keys[1], envelope)
+  end
+  return 1
+end
+
 redis.register_function('govledger_append', append)
 redis.register_function('govledger_notice', notice)
 redis.register_function('govledger_finish_reindex', finish_reindex)
 redis.register_function('govledger_commit', commit)
 redis.register_function('govledger_adopt', adopt)
 redis.register_function('govledger_publish', publish)
+redis.register_function('govledger_memory_set', memory_set)
 redis.register_function{function_name = 'govledger_version', flags = {'no-writes'},
   callback = function() return {VERSION, OLDEST_CLIENT} end}

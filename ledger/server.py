@@ -34,7 +34,7 @@ from ledger.wire import Pool, Wire
 
 __all__ = ["LIBRARY_VERSION", "NodeSettings", "Reply", "Server", "library_source", "pack"]
 
-LIBRARY_VERSION: Final = 2
+LIBRARY_VERSION: Final = 3
 """The protocol this client speaks, and the version of functions.lua that it ships."""
 
 REPLY_TIMEOUT_S: Final = 10.0
@@ -420,6 +420,10 @@ class Server:
                 return None
             raise translate(reply, self.address) from reply
         return int(reply[0])
+
+    def node_keys(self) -> list[str]:
+        """For each primary a key that leads to it, for commands that concern a whole node."""
+        return self._primary_keys() if self._cluster else [""]
 
     def _primary_keys(self) -> list[str]:
         """For each primary a key that it holds, so that commands find it by the usual way."""

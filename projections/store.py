@@ -20,6 +20,7 @@ from zlib import crc32
 import orjson
 
 from ledger import errors, keys
+from ledger.memory import iso_ms
 from ledger.server import Server, pack
 from ledger.stream import Position, split_id
 from projections.projection import STATE, Entities, Projection
@@ -260,9 +261,3 @@ def parse_envelope(tenant: str, raw: bytes) -> PublishedState | None:
         )
     except (AttributeError, KeyError, TypeError, ValueError):
         return None
-
-
-def iso_ms(ms: int) -> str:
-    """ISO 8601 with milliseconds and Z, as JavaScript's toISOString writes it."""
-    moment = datetime.fromtimestamp(ms / 1000, UTC)
-    return f"{moment:%Y-%m-%dT%H:%M:%S}.{ms % 1000:03d}Z"
