@@ -14,6 +14,7 @@
     │   ├── StreamBlocked            a foreign id leaves no room for true times
     │   ├── LibraryTooNew            the server speaks only to newer releases
     │   ├── ForeignEntries           too many foreign entries to register in one go
+    │   ├── TargetExists             something lies where a backup, restore or import would go
     │   └── ServerInUse              another server or port holds the data directory
     ├── DurabilityNotReached         may be recorded, but not as safely as was asked
     ├── Unavailable                  the server cannot be asked now; a retry by id is safe
@@ -32,7 +33,10 @@
     ├── EntriesMissing               the record has a hole
     ├── NotCaughtUp                  the projection has not folded that far yet
     ├── LedgerRolledBack             the ledger is behind what was already read from it
-    └── CommitConflict               another projector folded this tenant meanwhile
+    ├── CommitConflict               another projector folded this tenant meanwhile
+    ├── InvalidBackup                a backup or an export is damaged, or is not what it says
+    ├── MalformedValue               a memory key holds something else than was expected
+    └── NotInitialized               the memory service is not connected yet, or not any more
 
 Operating errors (`Unavailable`, `DurabilityNotReached`) are worth a retry with the same event ids,
 which is always safe. `InvalidInput` and `Refused` are not: something must change first.
@@ -51,6 +55,7 @@ __all__ = [
     "ForeignEntries",
     "FunctionMissing",
     "IndexBehind",
+    "InvalidBackup",
     "InvalidEvent",
     "InvalidInput",
     "InvalidSetting",
@@ -72,6 +77,7 @@ __all__ = [
     "ServerLoading",
     "ServerUnreachable",
     "StreamBlocked",
+    "TargetExists",
     "TlsFailed",
     "Unavailable",
     "UnsafeServer",
@@ -157,6 +163,10 @@ class ServerInUse(Refused):
     """A server already runs on this data directory in another way than was asked for."""
 
 
+class TargetExists(Refused):
+    """Something lies where a backup, a restore or an import would go; nothing was overwritten."""
+
+
 class DurabilityNotReached(LedgerError):
     """The event is recorded, but not at the level asked for; a retry by id is safe.
 
@@ -230,6 +240,10 @@ class LedgerRolledBack(LedgerError):
 
 class CommitConflict(LedgerError):
     """The committed position is not the one that this fold began from."""
+
+
+class InvalidBackup(LedgerError):
+    """A backup or an export is damaged, unfinished, or does not hold what it says it holds."""
 
 
 class MalformedValue(LedgerError, ValueError):

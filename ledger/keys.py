@@ -32,6 +32,7 @@ __all__ = [
     "decisions",
     "governance_state",
     "head",
+    "importing",
     "index",
     "index_rebuild",
     "is_tenant",
@@ -115,6 +116,14 @@ def index(tenant: str) -> str:
 def index_rebuild(tenant: str) -> str:
     """Hash: the index while `reindex` builds it anew; renamed to `index` or deleted at the end."""
     return f"{LEDGER}:{{{tenant}}}:governance:index-rebuild"
+
+
+def importing(tenant: str) -> tuple[str, str, str]:
+    """Stream, head and index of a record while it is imported: renamed to the tenant's own at the
+    end; what a killed import leaves is deleted by the next one.
+    """
+    begin = f"{LEDGER}:{{{tenant}}}:governance:importing"
+    return f"{begin}-decisions", f"{begin}-head", f"{begin}-index"
 
 
 def projection(tenant: str, name: str, version: int) -> str:
