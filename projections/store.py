@@ -9,6 +9,7 @@ A copy, with the guide's TTL: `claude-flow:memory:{tenant}:{name}:state` (withou
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 import time
 from collections.abc import Iterable, Mapping
@@ -28,6 +29,7 @@ from projections.projection import STATE, Entities, Projection
 __all__ = ["Committed", "FoldStore", "PublishedState", "encode_entity"]
 
 BUCKETS: Final = 1024
+BUCKETS_A_CALL: Final = 64
 REBUILD: Final = "rebuild"
 
 
@@ -197,6 +199,20 @@ class FoldStore:
         """Deletes everything that this store has committed."""
         await self._server.command(self._key, "UNLINK", *self._all_keys())
 
+    async def digest(self) -> str:
+        """SHA-256 over every committed entity: equal folds of equal entries have the same."""
+        sha256 = hashlib.sha256()
+        state = await self._server.command(self._key, "HGET", self._key, STATE)
+        _feed(sha256, STATE.encode(), state or b"")
+        buckets = self._all_keys()[1:]
+        for start in range(0, len(buckets), BUCKETS_A_CALL):
+            some = buckets[start : start + BUCKETS_A_CALL]
+            packed = [pack("HGETALL", bucket) for bucket in some]
+            for reply in await self._server.exchange(self._key, packed, len(packed)):
+                for name, entity in sorted(self._server.checked(reply).items()):
+                    _feed(sha256, name, entity)
+        return sha256.hexdigest()
+
     async def adopt(self, committed: Committed) -> None:
         """Puts this rebuilt state in the place of the live one, in one step."""
         live = FoldStore(self._server, self.tenant, self.projection)
@@ -240,6 +256,10 @@ class FoldStore:
             updated_at=None,
             source="committed",
         )
+
+
+def _feed(sha256: hashlib._Hash, name: bytes, entity: bytes) -> None:
+    sha256.update(b"%d:%b%d:%b" % (len(name), name, len(entity), entity))
 
 
 def parse_envelope(tenant: str, raw: bytes) -> PublishedState | None:

@@ -266,7 +266,7 @@ def small_export():
     )
     head = (
         b'{"tenant":"acgs-dev","epoch":"ab","seq":3,"entry_id":"8-3","length":3,"incidents":1,'
-        b'"exported_at":"2026-03-03T12:00:00.000Z"}'
+        b'"exported_at_ms":1}'
     )
     event = b'{"id":"%s","type":"decision.recorded"}'
     body = pack(b"govledger-export", b"1", head) + pack(b"incident", incident)
@@ -313,7 +313,7 @@ def test_a_cut_or_longer_file_is_found():
 
 HEAD = (
     '{{"tenant":"{tenant}","epoch":"ab","seq":{seq},"entry_id":"{id}","length":{length},'
-    '"incidents":{incidents},"exported_at":"x"}}'
+    '"incidents":{incidents},"exported_at_ms":1}}'
 )
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
+from urllib.parse import quote
 
 import typer
+from msgspec import to_builtins
 
 from ledger import errors
 from ledger.service import terminal
@@ -17,14 +20,147 @@ from ledger.service.command import (
     app,
     connect,
     example,
+    moment,
     print_json,
     print_lines,
+    usage,
 )
 
 if TYPE_CHECKING:
     from ledger import Ledger
+    from ledger.service.restore import Target
 
 __all__: list[str] = []
+
+
+# -- everything --------------------------------------------------------------------------------
+
+
+@app.command(epilog=example("govledger backup /backup/monday", "govledger backup out --json"))
+def backup(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", show_default=False)],
+    *,
+    no_verify: Annotated[
+        bool, typer.Option("--no-verify", help="Do not load it and compare; the manifest says so.")
+    ] = False,
+    url: Url = None,
+    as_json: Json = False,
+) -> None:
+    """Make a verified backup in a new or empty directory.
+
+    The server's snapshot where this machine can read it, else an export of each tenant. The copy is
+    loaded into a scratch server, and each tenant's head, entries and state are compared with the
+    live ones. Exits with 1 where a tenant is damaged and could not be copied or compared: the rest
+    is backed up, and the manifest says what is not.
+    """
+    terminal.spare_gc()
+
+    async def work() -> None:
+        from ledger.service.backup import make_backup
+
+        async with connect(url) as ledger:
+            done = await make_backup(ledger, directory, verify=not no_verify, say=terminal.say)
+        if as_json:
+            print_json({"directory": str(directory), **to_builtins(done)})
+        else:
+            how = "verified" if done.verified else "NOT verified"
+            print_lines(
+                f"{directory}: a {done.kind} backup of {len(done.tenants)} tenants, {how}",
+                *(f"  {one.tenant}: seq {one.seq}" for one in done.tenants),
+            )
+        for problem in done.problems:
+            terminal.say(f"warning: {problem}")
+        if done.problems:
+            raise typer.Exit(terminal.EXIT_NEGATIVE)
+
+    terminal.run(work())
+
+
+@app.command(
+    epilog=example(
+        "govledger restore /backup/monday --into ./restored --dry-run",
+        "govledger restore /backup/monday --into ./restored --to 2026-03-03T12:00:00Z",
+        "govledger restore /backup/monday --into ./restored --to-seq acgs-dev:41",
+    )
+)
+def restore(
+    source: Annotated[Path, typer.Argument(metavar="DIR|FILE", show_default=False)],
+    *,
+    into: Annotated[
+        Path,
+        typer.Option(
+            metavar="DATA_DIR",
+            show_default=False,
+            help="A new or empty directory; then REDIS_URL=embedded:///DATA_DIR has it.",
+        ),
+    ],
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, print the plan, write nothing.")
+    ] = False,
+    to: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TIME",
+            show_default=False,
+            help="As it was at this time: all that was recorded by then, to the millisecond.",
+        ),
+    ] = None,
+    to_seq: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TENANT:N",
+            show_default=False,
+            help="This tenant as it was at seq N, the others whole; may be repeated.",
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Make a data directory from a backup, or from a snapshot or an exported ledger alone.
+
+    It is proved right before it gets its name: checksums, heads, entries and state are compared
+    with what the backup states. Every tenant has a new epoch, and its state is folded and
+    published. A point in time and a logical backup bring the record back, and no other memory keys.
+    """
+    terminal.spare_gc()
+    target = _target(to, to_seq)
+
+    async def work() -> None:
+        from ledger.service.restore import make_plan
+        from ledger.service.restore import restore as act
+
+        plan = await asyncio.to_thread(make_plan, source, into, target)
+        if dry_run:
+            planned = [to_builtins(one.state) for one in plan.tenants]
+            if as_json:
+                print_json({"into": str(plan.into), "steps": plan.steps(), "tenants": planned})
+            else:
+                print_lines(*plan.steps())
+            return
+        restored = await act(plan, terminal.say)
+        if as_json:
+            print_json({"into": str(plan.into), "tenants": [asdict(one) for one in restored]})
+            return
+        for one in restored:
+            cut = f", {one.left_out} later ones left out" if one.left_out else ""
+            print_lines(f"{one.tenant}: {one.entries} entries to seq {one.seq}{cut}")
+        print_lines(f"REDIS_URL=embedded://{quote(str(plan.into))}")
+
+    terminal.run(work())
+
+
+def _target(to: str | None, to_seq: list[str] | None) -> Target:
+    from ledger.service.restore import Target
+
+    if to is not None and to_seq:
+        raise usage("restore", "--to is for all tenants, --to-seq for one: give one of them")
+    moment_to = moment(to, "--to", at_the_end_of_a_day=True)
+    places = {}
+    for one in to_seq or ():
+        tenant, _, seq = one.rpartition(":")
+        if not (seq.isascii() and seq.isdigit() and tenant):
+            raise usage("restore", f"--to-seq: {one!r} is not TENANT:N")
+        places[tenant] = int(seq)
+    return Target(None if moment_to is None else int(moment_to.timestamp() * 1000), places)
 
 
 # -- one tenant --------------------------------------------------------------------------------

@@ -6,13 +6,11 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import BinaryIO, Final, NamedTuple
 
 from ledger import errors, keys
-from ledger.memory import iso_ms
 from ledger.reindex import notice
 from ledger.server import Server
 from ledger.service.portable import ExportHead, ExportWriter, entry_record
@@ -49,7 +47,7 @@ class StreamHead(NamedTuple):
 
 
 class Exported(NamedTuple):
-    """What an export wrote: SHA-256 of the file before its last record, and of its entries."""
+    """What an export wrote; SHA-256 of the whole file, and of its entries alone."""
 
     head: ExportHead
     sha256: str
@@ -111,20 +109,16 @@ async def entry_pages(
         count = max(1, count // 2) if size > PAGE_BYTES else min(PAGE_ENTRIES, count * 2)
 
 
-async def record_digest(server: Server, found: StreamHead) -> str:
-    """SHA-256 over every entry up to the head, as they stand in an export.
-
-    Raises:
-        EntriesMissing: entries went while they were read.
+async def record_digest(server: Server, stream: str, last_id: str = "+") -> tuple[int, str]:
+    """How many entries lie in a stream up to `last_id`, and the SHA-256 over them as an export has
+    them.
     """
     sha256, count = hashlib.sha256(), 0
-    stream = keys.decisions(found.head.tenant)
-    async with aclosing(entry_pages(server, stream, found.head.entry_id)) as pages:
+    async with aclosing(entry_pages(server, stream, last_id)) as pages:
         async for page in pages:
             sha256.update(b"".join(entry_record(*entry) for entry in page))
             count += len(page)
-    _check_count(found, count)
-    return sha256.hexdigest()
+    return count, sha256.hexdigest()
 
 
 def _check_count(found: StreamHead, count: int) -> None:
@@ -147,6 +141,7 @@ async def export_tenant(
         EntriesMissing: entries went while they were read.
         InvalidBackup: a foreign entry is too large for a file.
     """
+    seconds, micros = await server.command(keys.decisions(tenant), "TIME")
     found = await stream_head(server, tenant)
     head = ExportHead(
         tenant=tenant,
@@ -155,7 +150,7 @@ async def export_tenant(
         entry_id=found.head.entry_id,
         length=found.length,
         incidents=len(found.incidents),
-        exported_at=iso_ms(time.time_ns() // 1_000_000),
+        exported_at_ms=int(seconds) * 1000 + int(micros) // 1000,
     )
     writer, records, count = ExportWriter(file), hashlib.sha256(), 0
     writer.head(head, found.incidents)

@@ -13,7 +13,6 @@ import hashlib
 import logging
 import secrets
 from collections.abc import Sequence
-from contextlib import aclosing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Final, NamedTuple
@@ -22,7 +21,7 @@ import orjson
 
 from ledger import errors, keys
 from ledger.server import Server, pack
-from ledger.service.exporting import Fields, Progress, entry_pages
+from ledger.service.exporting import Fields, Progress, record_digest
 from ledger.service.portable import ExportReader, entry_record
 from ledger.stream import Incident, split_id
 
@@ -284,7 +283,8 @@ class _Import:
             page = incidents[first : first + PAGE_ENTRIES]
             await self._call("import_incidents", first + 1, *page)
         done.records_sha256 = self._records.hexdigest()
-        if await self._digest_there() != done.records_sha256:
+        there = await record_digest(self._server, self._importing[0])
+        if there != (done.entries, done.records_sha256):
             raise errors.ServerError(
                 f"tenant {done.tenant}: the server does not give back what it was given",
                 hint="nothing was put in place; see the server's log",
@@ -304,13 +304,6 @@ class _Import:
             if short is not None:
                 kept.append(raw if short == incident else orjson.dumps(asdict(short)))
         return kept
-
-    async def _digest_there(self) -> str:
-        sha256 = hashlib.sha256()
-        async with aclosing(entry_pages(self._server, self._importing[0])) as pages:
-            async for page in pages:
-                sha256.update(b"".join(entry_record(*entry) for entry in page))
-        return sha256.hexdigest()
 
     async def discard(self) -> None:
         """Deletes what was imported so far; where that fails, the next import does it."""

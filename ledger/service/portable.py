@@ -3,8 +3,9 @@ r"""The file that carries one tenant's record: every entry's id and bytes exactl
 A file is a sequence of records, each an array of byte strings in the Redis protocol's own encoding
 (RESP2: `*<count>\r\n`, then `$<bytes>\r\n<bytes>\r\n` for each), so any client library can read it:
 
-1. `govledger-export`, `1`, and a JSON object: `tenant`, `epoch`, `seq`, `entry_id` (the head of the
-   record), `length` (entries in this file), `incidents`, `exported_at`;
+1. `govledger-export`, `1`, and a JSON object: `tenant`, `epoch`, `seq`, `entry_id` (the record's
+   head), `length` (entries in this file), `incidents`, `exported_at_ms` (the server's clock before
+   the head was read, ms since 1970);
 2. `incident` and the JSON that the append function wrote, for each, in order;
 3. `entry`, the id, and every field and value in stored order, for each, in order;
 4. `end` and the SHA-256, in hex, of all bytes before this record. Nothing follows.
@@ -50,7 +51,7 @@ class ExportHead(msgspec.Struct, frozen=True):
     entry_id: str
     length: int
     incidents: int
-    exported_at: str
+    exported_at_ms: int
 
 
 def entry_record(entry_id: bytes, fields: Sequence[bytes]) -> bytes:
@@ -88,10 +89,9 @@ class ExportWriter:
         self._file.write(records)
 
     def end(self) -> str:
-        """The last record; the checksum in hex."""
-        digest = self._sha256.hexdigest()
-        self._file.write(pack(b"end", digest))
-        return digest
+        """The last record; the SHA-256 of the whole file."""
+        self.raw(pack(b"end", self._sha256.hexdigest()))
+        return self._sha256.hexdigest()
 
 
 class ExportReader:
@@ -141,7 +141,7 @@ class ExportReader:
             raise self._damaged(f"its head is damaged: {error}") from None
         self._checked_id(head.entry_id)
         keys.checked_tenant(head.tenant)
-        if not (0 <= head.length < 2**53 and 1 <= head.seq < 2**47):
+        if not (0 <= head.length < 2**53 and 1 <= head.seq < 2**47 and head.exported_at_ms >= 0):
             raise self._damaged("its head counts what cannot be")
         if not 0 <= head.incidents <= MAX_INCIDENTS:
             raise self._damaged(f"it has more than {MAX_INCIDENTS} incidents")
