@@ -18,6 +18,7 @@ import pytest
 from ledger import Ledger, errors, keys
 from ledger.embedded import EmbeddedServer, is_running
 from ledger.service import backup as backups
+from ledger.service import portable
 from ledger.service.backup import make_backup, read_manifest
 from ledger.service.restore import Target, make_plan, restore
 from ledger.service.scratch import private_server
@@ -128,7 +129,7 @@ async def test_an_embedded_ledger_is_backed_up_and_restored_by_command(embedded_
     assert not (tmp_path / "new").exists()
     done = run(None, "restore", tmp_path / "b", "--into", tmp_path / "new")
     assert done.code == 0, done.err
-    assert f"REDIS_URL=embedded://{tmp_path / 'data'}" in done.out
+    assert f"REDIS_URL=embedded://{tmp_path / 'new'}" in done.out
     try:
         there = run(local(tmp_path / "new"), "state", "acgs-dev", "--json").lines[0]
         assert (there["seq"], there["behind"], there["source"]) == (20, 0, "published")
@@ -184,6 +185,39 @@ async def test_a_damaged_tenant_leaves_the_others_a_backup(source, tmp_path, kin
         assert "odd" in done.err
         found = await restored(tmp_path / "b", tmp_path / "data")
         assert found["busy"].seq == 300
+
+
+@pytest.mark.parametrize("kind", ["valkey9", "redis8"])
+async def test_other_hands_do_not_stop_a_backup(source, tmp_path, monkeypatch, kind):
+    """Another type in a stream's or head's place, a giant foreign entry, a name without a record:
+    each is said where it matters, and the other tenants come back.
+    """
+    monkeypatch.setattr(portable, "MAX_RECORD_BYTES", 100_000)  # "odd" has an entry over it
+    async with source(kind) as (server, ledger):
+        for number, key in enumerate((keys.decisions, keys.head)):
+            await ledger.append_many(f"wrong-{number}", events(2))
+            server.cli("SET", key(f"wrong-{number}"), "something else")
+        server.cli("SADD", keys.TENANTS, "never-came")
+        done = await make_backup(ledger, tmp_path / "b", verify=True, say=quiet)
+        problems = [line.partition(":")[0] for line in done.problems]
+        assert set(problems) == {"wrong-0", "wrong-1", "odd"}
+    found = await restored(tmp_path / "b", tmp_path / "data")
+    assert found["busy"].seq == 300
+    # A file cannot carry the giant entry, a snapshot can.
+    assert (found["odd"].seq, found["odd"].problem is None) == (
+        (24, False) if kind == "valkey9" else (0, False)
+    )
+    if kind == "valkey9":
+        cut = await restored(tmp_path / "b", tmp_path / "cut", to_seq={"busy": 5})
+        assert (cut["busy"].seq, "carries at most" in cut["odd"].problem) == (5, True)
+
+
+async def test_a_mounted_disk_is_refused_before_anything(small, tmp_path, monkeypatch):
+    """A directory that cannot be replaced in one step is refused with the way out."""
+    (tmp_path / "disk").mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "disk")
+    refused(small, tmp_path / "disk", errors.TargetExists, "mounted")
+    assert (await restored(small, tmp_path / "disk" / "ledger"))["acgs-dev"].seq == 10
 
 
 async def test_appends_during_a_backup_do_not_disturb_it(source, tmp_path):

@@ -28,11 +28,11 @@ from ledger.ledger import Ledger
 from ledger.server import Server
 from ledger.service.digests import fold_digest, fold_name
 from ledger.service.dump import CannotDump, copy_dump, dump_path, server_ms
-from ledger.service.exporting import export_tenant, record_digest
+from ledger.service.exporting import export_tenant, readable_head, record_digest
 from ledger.service.files import fsync_directory, partial_path, put_directory
 from ledger.service.importing import import_tenant
 from ledger.service.scratch import check_loadable, known_tenants, lay_dump, private_server
-from ledger.stream import Head, read_head
+from ledger.stream import Head
 from projections import Projector
 from projections.projection import Projection
 
@@ -52,6 +52,15 @@ DUMP: Final = "dump.rdb"
 FORMAT: Final = "govledger-backup"
 VERSION: Final = 1
 MAX_MANIFEST_BYTES: Final = 256 << 20
+MAX_TIME_MS: Final = 253_402_300_800_000
+"""The year 10000."""
+
+_CANNOT_EXPORT: Final = (
+    errors.NotFound,
+    errors.IndexBehind,
+    errors.EntriesMissing,
+    errors.InvalidBackup,
+)
 
 Say = Callable[[str], None]
 
@@ -132,18 +141,27 @@ def read_manifest(directory: Path) -> Manifest:
             f"{path}: {manifest.format} {manifest.version} is not what this release reads",
             hint="a newer govledger can read it",
         )
+    if not 0 <= manifest.taken_at_ms < MAX_TIME_MS:
+        raise errors.InvalidBackup(f"{path}: it was taken at no time: {manifest.taken_at_ms} ms")
     for one in manifest.tenants:
         keys.checked_tenant(one.tenant)
     return manifest
 
 
 def check_target(directory: Path) -> None:
-    """Raises `TargetExists` unless `directory` is absent or an empty directory."""
+    """Raises `TargetExists` unless `directory` is absent or an empty directory that can be replaced
+    by a whole one in one step.
+    """
     if directory.is_symlink() or (directory.exists() and not directory.is_dir()):
         raise errors.TargetExists(f"{directory} is no directory", hint="choose another name")
     if directory.is_dir() and any(directory.iterdir()):
         raise errors.TargetExists(
             f"{directory} is not empty", hint="choose another name: nothing is overwritten"
+        )
+    if directory.is_mount():
+        raise errors.TargetExists(
+            f"{directory} is where a disk is mounted, and cannot be replaced",
+            hint=f"name a directory in it, such as {directory / 'ledger'}",
         )
 
 
@@ -251,7 +269,7 @@ class _Backup:
 
     async def _live_head(self, tenant: str) -> TenantState:
         try:
-            head = await read_head(self._server, tenant)
+            head = await readable_head(self._server, tenant)
         except errors.IndexBehind as error:
             return TenantState(tenant, problem=error.message)
         return TenantState(tenant, epoch=head.epoch, seq=head.seq, entry_id=head.entry_id)
@@ -272,7 +290,7 @@ class _Backup:
                 done = await export_tenant(self._server, tenant, file)
                 file.flush()
                 os.fsync(file.fileno())
-        except (errors.NotFound, errors.IndexBehind, errors.EntriesMissing) as error:
+        except _CANNOT_EXPORT as error:
             # One tenant that cannot be read must not leave the others without a backup.
             await asyncio.to_thread(path.unlink)
             problem = None if isinstance(error, errors.NotFound) else error.message
@@ -316,7 +334,7 @@ class _Backup:
         self, tenant: str, before: TenantState | None, scratch: Server
     ) -> TenantState:
         try:
-            head = await read_head(scratch, tenant)
+            head = await readable_head(scratch, tenant)
         except errors.IndexBehind as error:
             if before is not None and before.problem is None:
                 raise _not_the_same(tenant, error.message) from error
@@ -325,6 +343,8 @@ class _Backup:
             raise _not_the_same(
                 tenant, f"it had seq {before.seq} in epoch {before.epoch}, the snapshot has {head}"
             )
+        if not head.epoch:  # a first append that never came
+            return TenantState(tenant)
         return await self._compared(tenant, head, scratch)
 
     async def _verify_export(self, state: TenantState, path: Path, scratch: Server) -> None:

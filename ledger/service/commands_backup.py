@@ -120,6 +120,7 @@ def restore(
     It is proved right before it gets its name: checksums, heads, entries and state are compared
     with what the backup states. Every tenant has a new epoch, and its state is folded and
     published. A point in time and a logical backup bring the record back, and no other memory keys.
+    Exits with 1 where a tenant was damaged already: it, or its state, cannot be restored.
     """
     terminal.spare_gc()
     target = _target(to, to_seq)
@@ -139,11 +140,13 @@ def restore(
         restored = await act(plan, terminal.say)
         if as_json:
             print_json({"into": str(plan.into), "tenants": [asdict(one) for one in restored]})
-            return
-        for one in restored:
-            cut = f", {one.left_out} later ones left out" if one.left_out else ""
-            print_lines(f"{one.tenant}: {one.entries} entries to seq {one.seq}{cut}")
-        print_lines(f"REDIS_URL=embedded://{quote(str(plan.into))}")
+        else:
+            for one in restored:
+                cut = f", {one.left_out} later ones left out" if one.left_out else ""
+                print_lines(f"{one.tenant}: {one.entries} entries to seq {one.seq}{cut}")
+            print_lines(f"REDIS_URL=embedded://{quote(str(plan.into))}")
+        if any(one.problem for one in restored):
+            raise typer.Exit(terminal.EXIT_NEGATIVE)
 
     terminal.run(work())
 
@@ -218,7 +221,8 @@ def import_ledger(
     """Record what a file of `export-ledger` holds, on a server that has no such tenant.
 
     All of it is there at once, after its checksum was found right, under a new epoch; then the
-    state is folded. An event that is appended again has its receipt as before: a duplicate.
+    state is folded. An event that is appended again has its receipt as before: a duplicate. Exits
+    with 1 where the record has a hole: it is imported as it is, and its state is not folded.
     """
     terminal.spare_gc()
 
@@ -236,6 +240,8 @@ def import_ledger(
             foreign = done.entries - done.own
             aside = f", {foreign} of them foreign" if foreign else ""
             print_lines(f"{done.tenant}: {done.entries} entries to seq {done.seq}{aside}")
+        if folded is None:
+            raise typer.Exit(terminal.EXIT_NEGATIVE)
 
     terminal.run(work())
 

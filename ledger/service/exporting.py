@@ -13,7 +13,7 @@ from typing import BinaryIO, Final, NamedTuple
 from ledger import errors, keys
 from ledger.reindex import notice
 from ledger.server import Server
-from ledger.service.portable import ExportHead, ExportWriter, entry_record
+from ledger.service.portable import ExportHead, ExportWriter, encode_entry, entry_record
 from ledger.stream import Head, parse_head, read_head
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "StreamHead",
     "entry_pages",
     "export_tenant",
+    "readable_head",
     "record_digest",
     "stream_head",
 ]
@@ -32,6 +33,12 @@ PAGE_ENTRIES: Final = 1000
 PAGE_BYTES: Final = 8 << 20
 """A page that is larger halves the next one: foreign entries have no limit."""
 
+_CANNOT_REGISTER: Final = (
+    errors.StreamBlocked,
+    errors.PermissionDenied,
+    errors.ReadOnlyReplica,
+    errors.FunctionMissing,
+)
 _log = logging.getLogger("ledger")
 
 Progress = Callable[[int], None]
@@ -57,6 +64,27 @@ class Exported(NamedTuple):
 # -- reading a stream ---------------------------------------------------------------------------
 
 
+async def readable_head(server: Server, tenant: str) -> Head:
+    """The tenant's head, seq 0 where nothing is recorded.
+
+    Raises:
+        IndexBehind: it, or the stream, was damaged by other hands.
+    """
+    stream = keys.decisions(tenant)
+    try:
+        head = await read_head(server, tenant)
+        await server.command(stream, "XLEN", stream)
+    except errors.ServerError as error:
+        if "WRONGTYPE" not in error.message:
+            raise
+        raise errors.IndexBehind(
+            f"tenant {tenant}: somebody put something else in the place of its stream or head",
+            hint=f"find who did; `TYPE {stream}` and `TYPE {keys.head(tenant)}` say what is there",
+            tenant=tenant,
+        ) from error
+    return head
+
+
 async def stream_head(server: Server, tenant: str) -> StreamHead:
     """The tenant's head, with foreign entries registered first where that is allowed.
 
@@ -65,7 +93,7 @@ async def stream_head(server: Server, tenant: str) -> StreamHead:
         IndexBehind: the function's own record of the stream is gone or damaged.
     """
     keys.checked_tenant(tenant)
-    head = await read_head(server, tenant)
+    head = await readable_head(server, tenant)
     if not head.epoch:
         raise errors.NotFound(
             f"tenant {tenant}: nothing is recorded", hint="`govledger tenants` lists who is known"
@@ -73,7 +101,7 @@ async def stream_head(server: Server, tenant: str) -> StreamHead:
     on = (keys.decisions(tenant), keys.head(tenant), keys.index(tenant))
     try:
         await notice(server, tenant, on)
-    except (errors.StreamBlocked, errors.PermissionDenied, errors.ReadOnlyReplica) as error:
+    except _CANNOT_REGISTER as error:
         _log.warning(
             "tenant %s: what lies behind its last own entry is left out: %s", tenant, error
         )
@@ -116,7 +144,7 @@ async def record_digest(server: Server, stream: str, last_id: str = "+") -> tupl
     sha256, count = hashlib.sha256(), 0
     async with aclosing(entry_pages(server, stream, last_id)) as pages:
         async for page in pages:
-            sha256.update(b"".join(entry_record(*entry) for entry in page))
+            sha256.update(b"".join(encode_entry(*entry) for entry in page))
             count += len(page)
     return count, sha256.hexdigest()
 

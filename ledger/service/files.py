@@ -76,8 +76,8 @@ def put_directory(partial: Path, path: Path) -> None:
     except OSError as error:
         if path.exists():
             raise errors.TargetExists(
-                f"{path} is not empty any more: {error.strerror}",
-                hint=f"somebody else was faster; {partial} has what was to go there",
+                f"{path} is not an empty directory any more: {error.strerror}",
+                hint="somebody else was faster: nothing was overwritten; choose another name",
                 path=str(path),
             ) from error
         raise

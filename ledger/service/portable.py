@@ -27,7 +27,7 @@ from ledger import errors, keys
 from ledger.server import pack
 from ledger.stream import Incident, split_id
 
-__all__ = ["MAGIC", "ExportHead", "ExportReader", "ExportWriter", "entry_record"]
+__all__ = ["MAGIC", "ExportHead", "ExportReader", "ExportWriter", "encode_entry", "entry_record"]
 
 _WORD: Final = b"govledger-export"
 MAGIC: Final = b"*3\r\n$16\r\n" + _WORD + b"\r\n"
@@ -54,8 +54,13 @@ class ExportHead(msgspec.Struct, frozen=True):
     exported_at_ms: int
 
 
+def encode_entry(entry_id: bytes, fields: Sequence[bytes]) -> bytes:
+    """An entry of any size as it stands in a file: what digests of entries are made of."""
+    return pack(b"entry", entry_id, *fields)
+
+
 def entry_record(entry_id: bytes, fields: Sequence[bytes]) -> bytes:
-    """An entry as it stands in a file; what digests of entries are made of too.
+    """`encode_entry` of an entry that a file may carry.
 
     Raises:
         InvalidBackup: it is larger than a file may carry.
@@ -67,7 +72,7 @@ def entry_record(entry_id: bytes, fields: Sequence[bytes]) -> bytes:
             f"carries at most {MAX_RECORD_BYTES} in {MAX_RECORD_PARTS - 2}",
             hint="nobody appended this through govledger: look at it, and XDEL it if it is junk",
         )
-    return pack(b"entry", entry_id, *fields)
+    return encode_entry(entry_id, fields)
 
 
 class ExportWriter:

@@ -34,11 +34,12 @@ from ledger.service.backup import (
     read_manifest,
 )
 from ledger.service.digests import fold_name
-from ledger.service.exporting import export_tenant, record_digest
-from ledger.service.files import partial_path, put_directory
+from ledger.service.exporting import export_tenant, readable_head, record_digest
+from ledger.service.files import fsync_directory, partial_path, put_directory
 from ledger.service.importing import Cut, Imported, import_tenant
 from ledger.service.portable import MAGIC, ExportReader
 from ledger.service.scratch import (
+    AOF_DIR,
     check_loadable,
     dump_time_ms,
     file_digest,
@@ -47,7 +48,7 @@ from ledger.service.scratch import (
     lay_dump,
     private_server,
 )
-from ledger.stream import Head, read_head
+from ledger.stream import Head
 from projections import Projector
 from projections.store import FoldStore
 
@@ -127,7 +128,7 @@ class Plan:
 
 @dataclass
 class Restored:
-    """A tenant as it was restored."""
+    """A tenant as it was restored; `problem`: why it, or only its state, could not be."""
 
     tenant: str
     epoch: str
@@ -273,7 +274,8 @@ def _check_target(plan: Plan) -> None:
             continue  # known when it is loaded
         if tenant not in known:
             raise errors.InvalidInput(f"to-seq: the backup has no tenant {tenant}")
-        if not 1 <= seq <= known[tenant].seq and plan.verified:
+        exact = plan.verified or plan.kind == "logical"
+        if exact and not 1 <= seq <= known[tenant].seq:
             raise errors.InvalidInput(
                 f"to-seq: {tenant} goes from seq 1 to {known[tenant].seq} in this backup, not to "
                 f"{seq}"
@@ -319,8 +321,10 @@ async def restore(plan: Plan, say: Say) -> list[Restored]:
 
 
 def _sync_and_put(data_dir: Path, into: Path) -> None:
-    for name in ("valkey.log", "valkey.pid"):
+    for name in ("valkey.log", "valkey.pid"):  # they tell of how it was made
         (data_dir / name).unlink(missing_ok=True)
+    for directory in (data_dir / AOF_DIR, data_dir):
+        fsync_directory(directory)
     put_directory(data_dir, into)
 
 
@@ -353,12 +357,13 @@ async def _whole_tenant(
     ledger: Ledger, tenant: str, stated: TenantState | None, plan: Plan, say: Say
 ) -> Restored:
     try:
-        head = await read_head(ledger.server, tenant)
+        head = await readable_head(ledger.server, tenant)
     except errors.IndexBehind as error:
         if stated is not None and stated.problem is None:
             raise _not_as_stated(tenant, error.message) from error
-        say(f"tenant {tenant} is as damaged as it was: {error}")
-        return Restored(tenant, "", 0, "0-0", 0, problem=error.message)
+        return _not_restored(tenant, error.message, say)
+    if not head.epoch and (stated is None or not stated.epoch):  # a first append that never came
+        return Restored(tenant, "", 0, "0-0", 0)
     count, sha256 = await record_digest(ledger.server, keys.decisions(tenant), head.entry_id)
     if stated is not None:
         _check_stated(stated, head, count, sha256, verified=plan.verified)
@@ -404,9 +409,8 @@ async def _records(plan: Plan, partial: Path, data_dir: Path, say: Say) -> list[
     async with private_server(data_dir) as ledger:
         for one in files:
             if one.file is None:
-                problem = one.state.problem
-                if problem:
-                    say(f"tenant {one.state.tenant} is not in the backup: {problem}")
+                if one.state.problem:
+                    restored.append(_not_restored(one.state.tenant, one.state.problem, say))
                 continue
             done = await _import(ledger.server, one.file, plan.target, say)
             if done is not None:
@@ -437,13 +441,18 @@ async def _export(
     scratch: Server, tenant: str, path: Path, stated: TenantState | None, plan: Plan
 ) -> PlannedTenant:
     try:
-        head = await read_head(scratch, tenant)
+        head = await readable_head(scratch, tenant)
+        if not head.epoch and (stated is None or not stated.epoch):
+            return PlannedTenant(TenantState(tenant))
         count, sha256 = await record_digest(scratch, keys.decisions(tenant), head.entry_id)
         if stated is not None:
             _check_stated(stated, head, count, sha256, verified=plan.verified)
+    except errors.IndexBehind as error:
+        return PlannedTenant(TenantState(tenant, problem=error.message))
+    try:
         with path.open("xb") as file:
             done = await export_tenant(scratch, tenant, file)
-    except errors.IndexBehind as error:
+    except (errors.EntriesMissing, errors.InvalidBackup) as error:
         return PlannedTenant(TenantState(tenant, problem=error.message))
     seq = plan.target.to_seq.get(tenant, 1)
     if not 1 <= seq <= done.head.seq:
@@ -485,6 +494,11 @@ async def _imported(ledger: Ledger, done: Imported, stated: TenantState, say: Sa
     return restored
 
 
+def _not_restored(tenant: str, problem: str, say: Say) -> Restored:
+    say(f"warning: tenant {tenant} cannot be restored: {problem}")
+    return Restored(tenant, "", 0, "0-0", 0, problem=problem)
+
+
 async def _fold(ledger: Ledger, restored: Restored, stated: TenantState | None, say: Say) -> None:
     """Folds state anew and publishes it; compares it with what the backup found it to be."""
     projector = Projector(ledger)
@@ -493,7 +507,10 @@ async def _fold(ledger: Ledger, restored: Restored, stated: TenantState | None, 
             restored.folded = await projector.rebuild(restored.tenant, projection.name)
         except errors.EntriesMissing as error:
             restored.problem = error.message
-            say(f"tenant {restored.tenant} is as it was, and its state is not folded: {error}")
+            say(
+                f"warning: tenant {restored.tenant} is restored as it was, and its state cannot be "
+                f"folded: {error.message}"
+            )
             return
         wanted = (stated.folds if stated else {}).get(fold_name(projection))
         store = FoldStore(ledger.server, restored.tenant, projection)

@@ -26,6 +26,7 @@ from ledger.service.files import fsync_directory
 from ledger.settings import load_settings
 
 __all__ = [
+    "AOF_DIR",
     "check_loadable",
     "copy_with_digest",
     "dump_time_ms",
@@ -42,7 +43,7 @@ START_TIMEOUT_S: Final = 3600.0
 """A large dump loads for minutes."""
 
 NEWEST_REDIS_RDB: Final = 11
-_AOF_DIR: Final = "appendonlydir"
+AOF_DIR: Final = "appendonlydir"
 _BASE: Final = "appendonly.aof.1.base.rdb"
 _HEADER: Final = re.compile(rb"(REDIS|VALKEY)(\d{3,4})")
 _HEADER_BYTES: Final = 9
@@ -97,8 +98,9 @@ def file_digest(path: Path) -> str:
 
 def lay_dump(dump: Path, data_dir: Path) -> str:
     """Copies a snapshot to where a server on `data_dir` loads it; its SHA-256 as it was copied."""
-    aof_dir = data_dir / _AOF_DIR
-    aof_dir.mkdir(mode=0o700, parents=True)
+    aof_dir = data_dir / AOF_DIR
+    data_dir.mkdir(mode=0o700)
+    aof_dir.mkdir(mode=0o700)
     with dump.open("rb") as file:
         _, sha256 = copy_with_digest(file, aof_dir / _BASE)
     manifest = aof_dir / "appendonly.aof.manifest"
