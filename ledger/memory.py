@@ -275,7 +275,7 @@ class MemoryService:
         since a cursor means nothing to another server.
         """
         server, prefix = self._connected(), keys.MEMORY_PREFIX.encode()
-        for node_key in server.node_keys():
+        for node_key in server.primary_keys():
             cursor, restarts, generation = b"0", 0, server.generation
             while True:
                 cursor, page = await server.command(

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from ledger import keys
+from ledger.embedded import EmbeddedServer, is_running
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 BIN = str(Path(sys.executable).parent)
@@ -41,16 +42,25 @@ def run(argv, embedded_dir, **options):
 
 def test_python_example_runs_as_it_stands(embedded_dir):
     """The ten-line example appends, folds and reads its own write."""
-    (example,) = blocks("python")
+    example, _ = blocks("python")
     assert run([sys.executable, "-c", example], embedded_dir).split() == ["1", "fsynced", "1", "1"]
 
 
-def test_every_command_works_in_order(embedded_dir):
+def test_memory_example_runs_as_it_stands(embedded_dir):
+    """The memory service's example stores, reads and counts."""
+    _, example = blocks("python")
+    assert run([sys.executable, "-c", example], embedded_dir) == "{'step': 3}\n0\n"
+
+
+def test_every_command_works_in_order(embedded_dir, tmp_path):
     """Each command line of the README exits 0 on a fresh directory."""
     lines = [line for block in blocks("bash") for line in block.splitlines() if line.strip()]
     assert len(lines) >= 8
     for line in lines:
-        run(["bash", "-c", line], embedded_dir)
+        run(["bash", "-c", line], embedded_dir, cwd=tmp_path)
+    other = tmp_path / "elsewhere"
+    if is_running(other):
+        EmbeddedServer.acquire(other).stop()
 
 
 @pytest.mark.parametrize(

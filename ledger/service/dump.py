@@ -50,7 +50,7 @@ async def dump_path(server: Server) -> Path:
     Raises:
         CannotDump: it is not, or nobody says.
     """
-    if len(server.node_keys()) > 1:
+    if server.is_cluster:
         raise CannotDump("each node of a cluster has a part of it")
     if not _LOCAL.match(server.address):
         raise CannotDump("its snapshot file is on another machine")

@@ -56,7 +56,8 @@ class ExportHead(msgspec.Struct, frozen=True):
 
 def encode_entry(entry_id: bytes, fields: Sequence[bytes]) -> bytes:
     """An entry of any size as it stands in a file: what digests of entries are made of."""
-    return pack(b"entry", entry_id, *fields)
+    record = b"*%d\r\n$5\r\nentry\r\n$%d\r\n%b\r\n" % (len(fields) + 2, len(entry_id), entry_id)
+    return record + b"".join([b"$%d\r\n%b\r\n" % (len(part), part) for part in fields])
 
 
 def entry_record(entry_id: bytes, fields: Sequence[bytes]) -> bytes:

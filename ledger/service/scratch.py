@@ -166,7 +166,7 @@ async def known_tenants(server: Server) -> tuple[list[str], list[str]]:
     registered = {name.decode(errors="backslashreplace") for name in names}
     found = {name for name in registered if keys.is_tenant(name)}
     begin, end = keys.head("\0").encode().split(b"\0")
-    for node_key in server.node_keys():
+    for node_key in server.primary_keys():
         cursor = b"0"
         while True:
             cursor, page = await server.command(
