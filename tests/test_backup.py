@@ -20,6 +20,7 @@ from ledger.embedded import EmbeddedServer, is_running
 from ledger.service import backup as backups
 from ledger.service import portable
 from ledger.service.backup import make_backup, read_manifest
+from ledger.service.cli import app
 from ledger.service.restore import Target, make_plan, restore
 from ledger.service.scratch import private_server
 from projections import Projector, StateReader
@@ -140,6 +141,26 @@ async def test_an_embedded_ledger_is_backed_up_and_restored_by_command(embedded_
     full = run(None, "restore", tmp_path / "b", "--into", tmp_path / "new", "--json")
     assert (full.code, full.error["error"]) == (4, "TargetExists")
     assert leftovers(tmp_path) == []
+
+
+def test_examples_in_the_help_work(shared_server, embedded_dir, tmp_path):
+    """Backup, restore and import do what their help shows."""
+    assert run(local(embedded_dir), "append", "acgs-dev", "-", stdin=jsonl(50)).code == 0
+    assert (
+        run(local(embedded_dir), "export-ledger", "acgs-dev", "acgs-dev.ledger", cwd=tmp_path).code
+        == 0
+    )
+    commands = {one.name or one.callback.__name__: one.epilog for one in app.registered_commands}
+    for command in ("backup", "restore"):
+        for line in commands[command].splitlines()[2:]:
+            done = run(local(embedded_dir), *line.split()[1:], cwd=tmp_path)
+            assert (done.code, bool(done.out)) == (0, True), (line, done.err)
+    assert {path.name for path in tmp_path.iterdir()} >= {"monday", "restored", "earlier"}
+    assert not (tmp_path / "noon").exists()
+    (line,) = commands["import-ledger"].splitlines()[2:]
+    target = shared_server("redis7")
+    target.cli("DEL", keys.decisions("acgs-dev"), keys.head("acgs-dev"), keys.index("acgs-dev"))
+    assert run(target.url, *line.split()[1:], cwd=tmp_path).code == 0
 
 
 def jsonl(count):

@@ -36,7 +36,7 @@ __all__: list[str] = []
 # -- everything --------------------------------------------------------------------------------
 
 
-@app.command(epilog=example("govledger backup /backup/monday", "govledger backup out --json"))
+@app.command(epilog=example("govledger backup monday"))
 def backup(
     directory: Annotated[Path, typer.Argument(metavar="DIR", show_default=False)],
     *,
@@ -78,9 +78,9 @@ def backup(
 
 @app.command(
     epilog=example(
-        "govledger restore /backup/monday --into ./restored --dry-run",
-        "govledger restore /backup/monday --into ./restored --to 2026-03-03T12:00:00Z",
-        "govledger restore /backup/monday --into ./restored --to-seq acgs-dev:41",
+        "govledger restore monday --into restored",
+        "govledger restore monday --into noon --to 2026-03-03T12:00:00Z --dry-run",
+        "govledger restore monday --into earlier --to-seq acgs-dev:41",
     )
 )
 def restore(
@@ -115,12 +115,13 @@ def restore(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Make a data directory from a backup, or from a snapshot or an exported ledger alone.
+    """Make a data directory from a backup, to a point in time.
 
-    It is proved right before it gets its name: checksums, heads, entries and state are compared
-    with what the backup states. Every tenant has a new epoch, and its state is folded and
-    published. A point in time and a logical backup bring the record back, and no other memory keys.
-    Exits with 1 where a tenant was damaged already: it, or its state, cannot be restored.
+    A dump.rdb or an exported ledger alone will do. It is proved right before it gets its name:
+    checksums, heads, entries and state are compared with what the backup states. Every tenant has a
+    new epoch, and its state is folded and published. A point in time and a logical backup bring the
+    record back, and no other memory keys. Exits with 1 where a tenant was damaged already: it, or
+    its state, cannot be restored.
     """
     terminal.spare_gc()
     target = _target(to, to_seq)
@@ -177,7 +178,7 @@ def export_ledger(
     url: Url = None,
     as_json: Json = False,
 ) -> None:
-    """Write a tenant's record to a file, every entry's id and bytes exactly as stored.
+    """Write a tenant's record to a file, ids and bytes as stored.
 
     The file is there when it is whole and on disk, and nothing is overwritten. It has a checksum,
     can be read by every kind of server's `import-ledger`, and holds what was recorded up to the
@@ -218,11 +219,12 @@ def import_ledger(
     url: Url = None,
     as_json: Json = False,
 ) -> None:
-    """Record what a file of `export-ledger` holds, on a server that has no such tenant.
+    """Record what an exported file holds, in a new epoch.
 
-    All of it is there at once, after its checksum was found right, under a new epoch; then the
-    state is folded. An event that is appended again has its receipt as before: a duplicate. Exits
-    with 1 where the record has a hole: it is imported as it is, and its state is not folded.
+    The server must not have the tenant. All of it is there at once, after its checksum was found
+    right; then the state is folded. An event that is appended again has its receipt as before: a
+    duplicate. Exits with 1 where the record has a hole: it is imported as it is, and its state is
+    not folded.
     """
     terminal.spare_gc()
 
