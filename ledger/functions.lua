@@ -589,7 +589,8 @@ redis.register_function('govledger_import_begin', import_begin)
 redis.register_function('govledger_import_incidents', import_incidents)
 redis.register_function('govledger_import_page', import_page)
 redis.register_function('govledger_import_finish', import_finish)
-redis.register_function('govledger_import_discard', import_discard)
+redis.register_function{function_name = 'govledger_import_discard', flags = {'allow-oom'},
+  callback = import_discard}
 redis.register_function('govledger_new_epoch', new_epoch)
 redis.register_function{function_name = 'govledger_version', flags = {'no-writes'},
   callback = function() return {VERSION, OLDEST_CLIENT} end}

@@ -12,10 +12,11 @@ and cache. What is stored is what the guide's own service stores and reads: a JS
 
 from __future__ import annotations
 
+import asyncio
 import math
 import time
-from collections.abc import AsyncGenerator, Iterable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Final, Self, TypeVar, overload
@@ -89,22 +90,31 @@ class MemoryService:
         self.settings = server.settings if server else settings or load_settings()
         self._server = server
         self._borrowed = server is not None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._opening = asyncio.Lock()
+        self._calls = 0
+        self._idle = asyncio.Event()
 
     # -- connection ---------------------------------------------------------------------------
 
     async def initialize(self) -> None:
-        """Connects; where it is connected, nothing happens.
+        """Connects; where it is connected in this event loop, nothing happens.
 
         Raises:
             InvalidSetting: the URL cannot be used.
             Unavailable: nobody answers, or not us; the subclass says why.
         """
-        if self._server is None:
-            self._server = await Server.open(self.settings)
+        async with self._opening:
+            if not self.is_initialized:
+                self._server = await Server.open(self.settings)
+                self._loop, self._calls = asyncio.get_running_loop(), 0
 
     async def disconnect(self) -> None:
-        """Closes the connections; calls that are under way get `Unavailable`. Idempotent."""
+        """Waits for calls that are under way, then closes the connections. Idempotent."""
         server, self._server = self._server, None
+        while self._calls:
+            self._idle.clear()
+            await self._idle.wait()
         if server is not None and not self._borrowed:
             await server.aclose()
 
@@ -118,15 +128,24 @@ class MemoryService:
     @property
     def is_initialized(self) -> bool:
         """Whether `initialize` has connected, and `disconnect` has not closed it since."""
-        return self._server is not None
+        here = self._borrowed or self._loop is asyncio.get_running_loop()
+        return self._server is not None and here
 
-    def _connected(self) -> Server:
-        if self._server is None:
+    @asynccontextmanager
+    async def _calling(self) -> AsyncIterator[Server]:
+        if self._server is None or not self.is_initialized:
             raise errors.NotInitialized(
                 "Redis client not initialized",
-                hint="await initialize() first, or use `async with`; after disconnect() again",
+                hint="await initialize() first, in the same event loop, or use `async with`; after "
+                "disconnect() again",
             )
-        return self._server
+        self._calls += 1
+        try:
+            yield self._server
+        finally:
+            self._calls -= 1
+            if not self._calls:
+                self._idle.set()
 
     # -- one key ------------------------------------------------------------------------------
 
@@ -150,18 +169,16 @@ class MemoryService:
             InvalidInput: the value is not JSON (a NaN, bytes, keys that are no strings), is over
                 16 MiB, or the TTL is no number of seconds from 0 to a hundred years.
         """
-        server, full_key = self._connected(), keys.memory_key(key)
-        ttl_seconds = (
-            self.settings.memory_default_ttl_seconds if ttl_seconds is None else ttl_seconds
-        )
-        await server.function(
-            "govledger_memory_set",
-            [full_key],
-            _json("value", value),
-            iso_ms(time.time_ns() // 1_000_000),
-            _json("metadata", metadata or {}),
-            _checked_ttl(ttl_seconds),
-        )
+        default_ttl_s = self.settings.memory_default_ttl_seconds
+        async with self._calling() as server:
+            await server.function(
+                "govledger_memory_set",
+                [keys.memory_key(key)],
+                _json("value", value),
+                iso_ms(time.time_ns() // 1_000_000),
+                _json("metadata", metadata or {}),
+                _checked_ttl(default_ttl_s if ttl_seconds is None else ttl_seconds),
+            )
 
     @overload
     async def get(self, key: str) -> Any: ...
@@ -194,20 +211,24 @@ class MemoryService:
         Raises:
             MalformedValue: what is stored there is not the guide's envelope.
         """
-        server, full_key = self._connected(), keys.memory_key(key)
-        packed = [pack("GET", full_key), pack("TTL", full_key)]
-        raw, ttl_s = (server.checked(reply) for reply in await server.exchange(full_key, packed, 2))
+        async with self._calling() as server:
+            full_key = keys.memory_key(key)
+            packed = [pack("GET", full_key), pack("TTL", full_key)]
+            replies = await server.exchange(full_key, packed, 2)
+            raw, ttl_s = (server.checked(reply) for reply in replies)
         return None if raw is None else _parse(full_key, raw, ttl_s)
 
     async def delete(self, key: str) -> bool:
         """Deletes a value; False where there was none."""
-        full_key = keys.memory_key(key)
-        return bool(await self._connected().command(full_key, "UNLINK", full_key))
+        async with self._calling() as server:
+            full_key = keys.memory_key(key)
+            return bool(await server.command(full_key, "UNLINK", full_key))
 
     async def exists(self, key: str) -> bool:
         """Whether there is a value."""
-        full_key = keys.memory_key(key)
-        return bool(await self._connected().command(full_key, "EXISTS", full_key))
+        async with self._calling() as server:
+            full_key = keys.memory_key(key)
+            return bool(await server.command(full_key, "EXISTS", full_key))
 
     async def expire(self, key: str, ttl_seconds: int) -> bool:
         """Sets when a value expires, from now; 0 = never. False where there is none.
@@ -215,12 +236,14 @@ class MemoryService:
         Raises:
             InvalidInput: the TTL is no number of seconds from 0 to a hundred years.
         """
-        server, full_key = self._connected(), keys.memory_key(key)
-        if _checked_ttl(ttl_seconds):
-            return bool(await server.command(full_key, "EXPIRE", full_key, ttl_seconds))
-        packed = [pack("PERSIST", full_key), pack("EXISTS", full_key)]
-        _, exists = (server.checked(reply) for reply in await server.exchange(full_key, packed, 2))
-        return bool(exists)
+        async with self._calling() as server:
+            full_key = keys.memory_key(key)
+            if _checked_ttl(ttl_seconds):
+                return bool(await server.command(full_key, "EXPIRE", full_key, ttl_seconds))
+            packed = [pack("PERSIST", full_key), pack("EXISTS", full_key)]
+            replies = await server.exchange(full_key, packed, 2)
+            _, exists = (server.checked(reply) for reply in replies)
+            return bool(exists)
 
     # -- many keys ----------------------------------------------------------------------------
 
@@ -233,7 +256,10 @@ class MemoryService:
             InvalidInput: the pattern is empty, too long, or names the prefix itself.
         """
         found: set[bytes] = set()
-        async with aclosing(self._scan(_checked_pattern(pattern))) as pages:
+        async with (
+            self._calling() as server,
+            aclosing(_scan(server, _checked_pattern(pattern))) as pages,
+        ):
             async for page in pages:
                 found.update(page)
         prefix = len(keys.MEMORY_PREFIX)
@@ -253,9 +279,12 @@ class MemoryService:
         Raises:
             InvalidInput: the pattern is empty, too long, or names the prefix itself.
         """
-        server, count, freed = self._connected(), 0, 0
+        count = freed = 0
         seen: set[bytes] = set()  # SCAN may name a key twice; what is deleted counts once by itself
-        async with aclosing(self._scan(_checked_pattern(pattern))) as pages:
+        async with (
+            self._calling() as server,
+            aclosing(_scan(server, _checked_pattern(pattern))) as pages,
+        ):
             async for page in pages:
                 fresh = [one for one in page if one not in seen]
                 if dry_run:
@@ -270,22 +299,23 @@ class MemoryService:
                 freed += sum(size or 0 for size, was in zip(sizes, gone, strict=True) if was)
         return CleanedUp(count, freed)
 
-    async def _scan(self, pattern: str) -> AsyncGenerator[list[bytes], None]:
-        """Pages of keys under the prefix, from each primary; begun anew where a connection broke,
-        since a cursor means nothing to another server.
-        """
-        server, prefix = self._connected(), keys.MEMORY_PREFIX.encode()
-        for node_key in server.primary_keys():
-            cursor, restarts, generation = b"0", 0, server.generation
-            while True:
-                cursor, page = await server.command(
-                    node_key, "SCAN", cursor, "MATCH", pattern, "COUNT", _SCAN_COUNT
-                )
-                yield [one for one in page if one.startswith(prefix)]
-                if cursor == b"0":
-                    break
-                if server.generation != generation and restarts < _SCAN_RESTARTS:
-                    cursor, restarts, generation = b"0", restarts + 1, server.generation
+
+async def _scan(server: Server, pattern: str) -> AsyncGenerator[list[bytes], None]:
+    """Pages of keys under the prefix, from each primary; begun anew where a connection broke,
+    since a cursor means nothing to another server.
+    """
+    prefix = keys.MEMORY_PREFIX.encode()
+    for node_key in server.primary_keys():
+        cursor, restarts, generation = b"0", 0, server.generation
+        while True:
+            cursor, page = await server.command(
+                node_key, "SCAN", cursor, "MATCH", pattern, "COUNT", _SCAN_COUNT
+            )
+            yield [one for one in page if one.startswith(prefix)]
+            if cursor == b"0":
+                break
+            if server.generation != generation and restarts < _SCAN_RESTARTS:
+                cursor, restarts, generation = b"0", restarts + 1, server.generation
 
 
 async def _each(server: Server, found: Iterable[bytes], *command: str) -> list[Any]:

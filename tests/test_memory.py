@@ -25,7 +25,8 @@ from ledger.memory import (
 )
 from projections import Projector, StateReader
 from tests.proxy import Proxy
-from tests.servers import REQUIRE_ALL, spawn, stop
+from tests.servers import KINDS, REQUIRE_ALL, spawn, stop
+from tests.test_server import as_user, recipe
 
 NODE = Path(__file__).parent / "node"
 
@@ -402,6 +403,68 @@ def test_key_helpers_build_the_guides_keys(tenant):
     assert keys.swarm_key("acgs-dev", "swarm-456") == "acgs-dev:swarm:swarm-456"
     with pytest.raises(errors.InvalidTenant):
         keys.session_key("a:b", "c")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_memory_recipe_reaches_its_tenant_alone(fresh_server, kind, tenant):
+    """README's memory client sets, reads and deletes under its tenant, and nowhere else."""
+    server = fresh_server(kind)
+    async with Ledger.connect(server.url) as operator:
+        await operator.server.load_library()
+    url = as_user(server, "memory", recipe("memory client", tenant))
+    async with service(url) as memory:
+        await memory.set(f"{tenant}:a", 1)
+        assert await memory.get(f"{tenant}:a") == 1
+        assert await memory.expire(f"{tenant}:a", 0)
+        assert await memory.exists(f"{tenant}:a")
+        assert await memory.delete(f"{tenant}:a")
+        with pytest.raises(errors.PermissionDenied):
+            await memory.set("other:a", 1)
+        with pytest.raises(errors.PermissionDenied):
+            await memory.cleanup("*")
+        server.cli("ACL", "SETUSER", "memory", "+scan", "+memory|usage")
+        assert await memory.cleanup(f"{tenant}:*") == 0
+
+
+async def test_disconnect_waits_for_calls_under_way(valkey, tenant):
+    """What was asked before disconnect is answered, what comes after is refused."""
+    async with Proxy(valkey) as proxy:
+        memory = service(proxy.url)
+        await memory.initialize()
+        await memory.set(f"{tenant}:a", 0)
+        calls = [asyncio.create_task(memory.set(f"{tenant}:{n}", n)) for n in range(10)]
+        await asyncio.sleep(0)  # they have begun
+        await memory.disconnect()
+        assert all(call.done() for call in calls)
+        await asyncio.gather(*calls)
+        with pytest.raises(errors.NotInitialized):
+            await memory.get(f"{tenant}:a")
+    async with service(valkey.url) as memory:
+        assert [await memory.get(f"{tenant}:{n}") for n in range(10)] == list(range(10))
+
+
+def test_a_service_of_another_event_loop_is_not_initialized(valkey, tenant):
+    """The process's service says so in a second event loop, and can be initialized there."""
+    memory = service(valkey.url)
+
+    async def first():
+        await memory.initialize()
+        await memory.set(f"{tenant}:a", 1)
+        kept.append(memory._server)
+
+    async def second():
+        with pytest.raises(errors.NotInitialized, match="event loop"):
+            await memory.get(f"{tenant}:a")
+        await memory.initialize()
+        assert await memory.get(f"{tenant}:a") == 1
+        await memory.disconnect()
+
+    kept = []
+    with asyncio.Runner() as runner:
+        runner.run(first())
+        with asyncio.Runner() as other:
+            other.run(second())
+        runner.run(kept[0].aclose())
 
 
 # -- TLS ------------------------------------------------------------------------------------------

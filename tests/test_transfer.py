@@ -226,6 +226,40 @@ async def test_a_record_without_entries_moves_too(shared_server, tenant, kind):
         assert (await new.append(other, events(1, first=3)[0])).seq == 4
 
 
+async def test_a_cluster_takes_an_import(cluster, valkey, tenant):
+    """All of a tenant's keys, those on their way in too, share a slot."""
+    async with Ledger.connect(valkey.url) as old, Ledger.connect(cluster.url) as new:
+        await with_foreign_hands(old, valkey, tenant)
+        await imported(new, await exported(old, tenant))
+        assert await recorded(new, tenant) == await recorded(old, tenant)
+        assert (await new.append(tenant, events(1, first=20)[0])).seq == 25
+
+
+async def test_an_evicting_server_takes_no_import(fresh_server, valkey, tenant):
+    """As with an append, a server that may drop the record is refused."""
+    server = fresh_server(config={"maxmemory": "100mb", "maxmemory-policy": "allkeys-lru"})
+    async with Ledger.connect(valkey.url) as old, Ledger.connect(server.url) as new:
+        await old.append_many(tenant, events(3))
+        with pytest.raises(errors.UnsafeServer, match="allkeys-lru"):
+            await imported(new, await exported(old, tenant))
+    assert server.cli("KEYS", "*governance*") == []
+
+
+async def test_an_import_that_does_not_fit_is_cleaned_up(fresh_server, valkey, tenant):
+    """A server that runs out of memory on the way is rid of what it was given."""
+    server = fresh_server(config={"maxmemory-policy": "noeviction"})
+    async with Ledger.connect(valkey.url) as old, Ledger.connect(server.url) as new:
+        for start in range(0, 4000, 1000):
+            await old.append_many(tenant, events(1000, first=start))
+        raw = await exported(old, tenant)
+        await new.server.load_library()
+        room = server.cli("INFO", "memory")["used_memory"] + (512 << 10)
+        server.cli("CONFIG", "SET", "maxmemory", room)
+        with pytest.raises(errors.OutOfMemory):
+            await imported(new, raw)
+        assert server.cli("KEYS", "*governance*") == []
+
+
 async def test_a_deletion_during_the_export_is_noticed(valkey, tenant, monkeypatch):
     """An entry that goes while the file is written makes the export fail, by name."""
     from ledger.service import exporting
@@ -259,17 +293,17 @@ async def test_a_ledger_of_the_future_is_refused(valkey, tenant):
 # -- hostile files --------------------------------------------------------------------------------
 
 
+INCIDENT = b'{"kind":"foreign","seq":2,"count":1,"first_id":"7-0","last_id":"7-0","noticed_ms":9}'
+
+
 def small_export():
     """A file made by hand, as the format's description has it."""
-    incident = (
-        b'{"kind":"foreign","seq":2,"count":1,"first_id":"7-0","last_id":"7-0","noticed_ms":9}'
-    )
     head = (
         b'{"tenant":"acgs-dev","epoch":"ab","seq":3,"entry_id":"8-3","length":3,"incidents":1,'
         b'"exported_at_ms":1}'
     )
     event = b'{"id":"%s","type":"decision.recorded"}'
-    body = pack(b"govledger-export", b"1", head) + pack(b"incident", incident)
+    body = pack(b"govledger-export", b"1", head) + pack(b"incident", INCIDENT)
     own = [b"type", b"decision.recorded", b"id"]
     body += entry_record(b"5-1", [*own, b"a", b"data", event % b"a"])
     body += entry_record(b"7-0", [b"x", b"y"])
@@ -351,6 +385,9 @@ OWN = [b"type", b"t", b"id", b"a", b"data", b'{"id":"a","type":"t"}']
         forged(incidents=2**40),
         forged(pack(b"incident", b"[]"), incidents=1),
         forged(pack(b"incident", b'{"kind":"foreign"}'), incidents=1),
+        forged(pack(b"incident", INCIDENT.replace(b"foreign", b"{x}")), incidents=1),
+        forged(pack(b"incident", INCIDENT.replace(b"2", b"true")), incidents=1),
+        forged(pack(b"incident", INCIDENT + b" " * 1024), incidents=1),
         forged(entry_record(b"9-8", OWN), entry_record(b"9-8", OWN), length=2),
         forged(entry_record(b"9-10", OWN), length=1),
         forged(entry_record(b"9-8", OWN[:3]), length=1),

@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, Final, NamedTuple
 import orjson
 
 from ledger import errors, keys
+from ledger.append import evicting
 from ledger.server import Server, pack
 from ledger.service.exporting import Fields, Progress, record_digest
 from ledger.service.portable import ExportReader, entry_record
@@ -127,6 +128,7 @@ async def import_tenant(
         TargetExists: the tenant has a record there, or another import took over.
         InvalidBackup: the file is damaged, or is no such file.
         NotFound: nothing was recorded yet at the cut.
+        UnsafeServer: the server may evict what it would be given.
         ClockSkew: the record is of the future by this server's clock.
         Unavailable: as ever; beginning again is safe.
     """
@@ -196,6 +198,9 @@ class _Import:
             raise
 
     async def begin(self) -> None:
+        settings = await self._server.node_settings(self._on[0])
+        if settings.evicts_ledger_keys and not self._server.settings.govledger_allow_eviction:
+            raise evicting(self._server.address, settings)
         await self._check_clock()
         await self._call("import_begin")
 

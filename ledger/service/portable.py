@@ -39,6 +39,8 @@ MAX_RECORD_BYTES: Final = 64 << 20
 
 MAX_RECORD_PARTS: Final = 65_536
 MAX_INCIDENTS: Final = 1_000_000
+MAX_INCIDENT_BYTES: Final = 1024
+INCIDENT_KINDS: Final = ("foreign", "missing", "recreated", "moved", "headless")
 _LINE_BYTES: Final = 32
 
 
@@ -157,13 +159,20 @@ class ExportReader:
         record = self._record()
         if len(record) != 2 or record[0] != b"incident":
             raise self._damaged("there should be an incident")
+        if len(record[1]) > MAX_INCIDENT_BYTES:
+            raise self._damaged("an incident is too long")
         try:
             incident = Incident.parse(record[1])
             for entry_id in (incident.first_id, incident.last_id):
                 self._checked_id(entry_id)
         except (ValueError, TypeError, AttributeError):
             raise self._damaged("an incident is damaged") from None
-        if not all(type(n) is int and 0 <= n < 2**53 for n in (incident.seq, incident.count)):
+        if incident.kind not in INCIDENT_KINDS:
+            raise self._damaged("an incident is of a kind that only a newer govledger can read")
+        if not all(
+            type(n) is int and 0 <= n < 2**53
+            for n in (incident.seq, incident.count, incident.noticed_ms)
+        ):
             raise self._damaged("an incident counts what cannot be")
         self.raw_incidents.append(record[1])
         self.incidents.append(incident)
