@@ -219,6 +219,9 @@ async def test_other_hands_do_not_stop_a_backup(source, tmp_path, monkeypatch, k
             await ledger.append_many(f"wrong-{number}", events(2))
             server.cli("SET", key(f"wrong-{number}"), "something else")
         server.cli("SADD", keys.TENANTS, "never-came")
+        await ledger.append_many("lost", events(2))
+        server.cli("DEL", keys.decisions("lost"), keys.head("lost"))
+        await ledger.reindex("lost")
         done = await make_backup(ledger, tmp_path / "b", verify=True, say=quiet)
         problems = [line.partition(":")[0] for line in done.problems]
         assert set(problems) == {"wrong-0", "wrong-1", "odd"}

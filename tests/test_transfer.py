@@ -10,17 +10,21 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import precondition, rule
+from hypothesis.stateful import run_state_machine_as_test as run_machine
 
 from ledger import Ledger, errors, keys
 from ledger.server import pack
-from ledger.service.exporting import export_tenant
-from ledger.service.importing import import_tenant
+from ledger.service.exporting import export_tenant, stream_head
+from ledger.service.importing import Cut, import_tenant
 from ledger.service.portable import ExportReader, entry_record
+from ledger.stream import Incident
 from projections import Projector, StateReader
 from tests.commands import run
 from tests.histories import events, raw_entries, recorded, with_foreign_hands
 from tests.proxy import Proxy
 from tests.servers import KINDS, new_tenant
+from tests.test_foreign_any import PICKS, ForeignHands, picked
 
 PATH = Path("a.ledger")
 
@@ -260,6 +264,18 @@ async def test_an_import_that_does_not_fit_is_cleaned_up(fresh_server, valkey, t
         assert server.cli("KEYS", "*governance*") == []
 
 
+async def test_a_record_that_was_lost_whole_moves_too(valkey, tenant):
+    """A head that was rebuilt from nothing has seq 0 and moves as such."""
+    other = new_tenant()
+    async with Ledger.connect(valkey.url) as ledger:
+        await ledger.append_many(tenant, events(3))
+        valkey.cli("DEL", keys.decisions(tenant), keys.head(tenant))
+        await ledger.reindex(tenant)
+        done = await imported(ledger, renamed(await exported(ledger, tenant), tenant, other))
+        assert (done.seq, done.entries) == (0, 0)
+        assert (await ledger.append(other, events(1)[0])).seq == 1
+
+
 async def test_a_deletion_during_the_export_is_noticed(valkey, tenant, monkeypatch):
     """An entry that goes while the file is written makes the export fail, by name."""
     from ledger.service import exporting
@@ -373,7 +389,7 @@ OWN = [b"type", b"t", b"id", b"a", b"data", b'{"id":"a","type":"t"}']
         forged(tenant="../../etc"),
         forged(tenant="stale"),
         forged(tenant="a}:x{"),
-        forged(seq=0),
+        forged(seq=-1),
         forged(seq=2**60),
         forged(seq='"3"'),
         forged(id="99999999999999999999-1"),
@@ -464,3 +480,73 @@ def test_export_and_import_commands(shared_server, tenant, tmp_path):
     assert run(target.url, "import-ledger", tmp_path / "none").code == 2
     assert run(source.url, "export-ledger", new_tenant(), tmp_path / "b").code == 1
     assert list(tmp_path.iterdir()) == [file]
+
+
+# -- any history ----------------------------------------------------------------------------------
+
+
+class Moves(ForeignHands):
+    """After whatever others did, a copy of the record is what the record is, whole or cut."""
+
+    def check(self):
+        """Reading is looked at where it is copied."""
+
+    @rule()
+    def reindex(self):
+        if not self.new:
+            self.book.reindex(self.tenant)
+            self.receipts, self.last_seq, self.gap = {}, 0, False
+
+    def copied(self, **cut):
+        """A tenant with what was exported of ours."""
+        other, server = new_tenant(), self.book._ledger.server
+        file = io.BytesIO()
+        self.book._run(export_tenant(server, self.tenant, file))
+        raw = io.BytesIO(renamed(file.getvalue(), self.tenant, other))
+        return other, self.book._run(import_tenant(server, raw, PATH, **cut))
+
+    def read(self, tenant):
+        return self.book._run(recorded(self.book._ledger, tenant))
+
+    @precondition(lambda self: not self.headless and not self.new)
+    @rule()
+    def move(self):
+        other, done = self.copied()
+        assert raw_entries(self.server, other) == raw_entries(self.server, self.tenant)
+        assert self.read(other) == self.read(self.tenant)
+        assert self.book.head(other).seq == self.book.head(self.tenant).seq == done.seq
+        assert self.book.append(other, events(1)[0]).seq == done.seq + 1
+
+    @precondition(lambda self: not self.headless and not self.new)
+    @rule(pick=PICKS)
+    def move_cut(self, pick):
+        self.incidents()  # so that all that others did is registered
+        ours = self.read(self.tenant)
+        if not ours:
+            return
+        seq, entry_id, _ = picked(ours, pick)
+        for cut in (Cut(to_seq=seq), Cut(to_ms=int(entry_id.partition("-")[0]))):
+            times = [int(one[1].partition("-")[0]) for one in ours]
+            before = zip(ours, times, strict=True)
+            wanted = [one for one, ms in before if not cut.is_behind(ms, one[0])]
+            try:
+                other, done = self.copied(cut=cut)
+            except errors.EntriesMissing:  # it was made again later: nobody knows what was there
+                assert any(i.kind == "recreated" for i in self.incidents())
+                continue
+            assert self.read(other) == wanted
+            assert done.seq >= wanted[-1][0]
+            assert self.book.append(other, events(1)[0]).seq == done.seq + 1
+
+    def incidents(self):
+        found = self.book._run(stream_head(self.book._ledger.server, self.tenant)).incidents
+        return [Incident.parse(raw) for raw in found]
+
+
+def test_any_history_moves_as_it_is(valkey):
+    """Whatever foreign hands did, a record's copy reads the same, and its cut is its prefix."""
+
+    class Machine(Moves):
+        server = valkey
+
+    run_machine(Machine, settings=settings(max_examples=30, stateful_step_count=15))

@@ -315,7 +315,7 @@ class _Backup:
         else:
             async with private_server(self._scratch) as scratch:
                 for place, state in enumerate(manifest.tenants):
-                    if state.seq:
+                    if state.file_sha256 is not None:
                         path = export_path(self._partial, place, state.tenant)
                         await self._verify_export(state, path, scratch.server)
         manifest.verified = True

@@ -252,6 +252,8 @@ async def _folded(ledger: Ledger, tenant: str) -> int | None:
     """Entries folded; None, and a warning, where the record cannot be: it is imported as it was."""
     from projections import Projector
 
+    if not (await ledger.head(tenant)).seq:
+        return 0
     try:
         return await Projector(ledger).rebuild(tenant)
     except errors.EntriesMissing as error:

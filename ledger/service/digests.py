@@ -33,6 +33,8 @@ async def fold_digest(
     await store.discard()
     fold = TenantFold(source, tenant, projection, store)
     try:
+        if not until:  # a head that was rebuilt from nothing
+            return await store.digest()
         walk = await fold.begin()
         async with aclosing(walk.pages()) as pages:
             async for page in pages:

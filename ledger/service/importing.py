@@ -244,7 +244,7 @@ class _Import:
             done.seq, done.entry_id = head.seq, head.entry_id
         if done.seq >= MAX_SEQ:
             raise errors.InvalidBackup(f"tenant {done.tenant}: seq {done.seq} cannot be")
-        if not done.seq:
+        if cut and not done.seq:
             raise errors.NotFound(f"tenant {done.tenant}: nothing was recorded by then")
 
     async def _add(self, entry_id: bytes, fields: Fields, numbered: _Numbered) -> None:

@@ -149,7 +149,7 @@ class ExportReader:
             raise self._damaged(f"its head is damaged: {error}") from None
         self._checked_id(head.entry_id)
         keys.checked_tenant(head.tenant)
-        if not (0 <= head.length < 2**53 and 1 <= head.seq < 2**47 and head.exported_at_ms >= 0):
+        if not (0 <= head.length < 2**53 and 0 <= head.seq < 2**47 and head.exported_at_ms >= 0):
             raise self._damaged("its head counts what cannot be")
         if not 0 <= head.incidents <= MAX_INCIDENTS:
             raise self._damaged(f"it has more than {MAX_INCIDENTS} incidents")

@@ -454,8 +454,8 @@ async def _export(
             done = await export_tenant(scratch, tenant, file)
     except (errors.EntriesMissing, errors.InvalidBackup) as error:
         return PlannedTenant(TenantState(tenant, problem=error.message))
-    seq = plan.target.to_seq.get(tenant, 1)
-    if not 1 <= seq <= done.head.seq:
+    seq = plan.target.to_seq.get(tenant)
+    if seq is not None and not 1 <= seq <= done.head.seq:
         raise errors.InvalidInput(
             f"to-seq: {tenant} goes from seq 1 to {done.head.seq} in this backup, not to {seq}"
         )
@@ -502,6 +502,8 @@ def _not_restored(tenant: str, problem: str, say: Say) -> Restored:
 async def _fold(ledger: Ledger, restored: Restored, stated: TenantState | None, say: Say) -> None:
     """Folds state anew and publishes it; compares it with what the backup found it to be."""
     projector = Projector(ledger)
+    if not restored.seq:  # a head that was rebuilt from nothing
+        return
     for projection in projector.projections:
         try:
             restored.folded = await projector.rebuild(restored.tenant, projection.name)
