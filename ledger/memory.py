@@ -47,7 +47,7 @@ MAX_TTL_SECONDS: Final = 3_153_600_000
 
 MAX_PATTERN_CHARS: Final = 512
 _SCAN_COUNT: Final = 500
-_SCAN_RESTARTS: Final = 5
+_SCAN_RESTARTS: Final = 20
 
 T = TypeVar("T")
 
@@ -314,8 +314,13 @@ async def _scan(server: Server, pattern: str) -> AsyncGenerator[list[bytes], Non
             yield [one for one in page if one.startswith(prefix)]
             if cursor == b"0":
                 break
-            if server.generation != generation and restarts < _SCAN_RESTARTS:
+            if server.generation != generation:
                 cursor, restarts, generation = b"0", restarts + 1, server.generation
+                if restarts > _SCAN_RESTARTS:
+                    raise errors.ServerUnreachable(
+                        f"{server.address}: connections kept breaking while keys were listed",
+                        hint="try again when the server is steady; what was deleted stays deleted",
+                    )
 
 
 async def _each(server: Server, found: Iterable[bytes], *command: str) -> list[Any]:

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import subprocess
+from contextlib import aclosing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from ledger.memory import (
     MAX_TTL_SECONDS,
     MAX_VALUE_BYTES,
     MemoryService,
+    _scan,
     get_memory_service,
     reset_memory_service,
 )
@@ -280,6 +282,26 @@ async def test_cleanup_never_reaches_the_ledger(fresh_server, tenant, pattern):
         assert set(server.cli("KEYS", "claude-flow:ledger:*")) == before
         await projector.run_once([tenant])
         assert (await StateReader(ledger).state(tenant)).value["decisions"]["total"] == 1
+
+
+async def test_keys_are_complete_across_a_failover(fresh_server, tenant):
+    """A SCAN that goes on at another server begins anew there: its cursor means nothing to it."""
+    first, second = fresh_server(), fresh_server()
+    for server in (first, second):
+        with server.client() as client, client.pipeline(transaction=False) as pipeline:
+            for n in range(3000):
+                pipeline.set(f"claude-flow:memory:{tenant}:{n}", "{}")
+            pipeline.execute()
+    async with Proxy(first) as proxy, service(proxy.url) as memory:
+        proxy.takes_over = second
+        found = set()
+        async with aclosing(_scan(memory._server, f"claude-flow:memory:{tenant}:*")) as pages:
+            async for page in pages:
+                found.update(page)
+                if not proxy.lost.is_set():
+                    proxy.lose_reply_to = b"SCAN"
+        assert proxy.lost.is_set()
+        assert len(found) == 3000
 
 
 async def test_cluster_keys_and_cleanup_reach_every_node(cluster, tenant):
