@@ -306,21 +306,25 @@ async def _scan(server: Server, pattern: str) -> AsyncGenerator[list[bytes], Non
     """
     prefix = keys.MEMORY_PREFIX.encode()
     for node_key in server.primary_keys():
-        cursor, restarts, generation = b"0", 0, server.generation
+        cursor, begun, generation = b"0", 0, server.generation
         while True:
+            sent = cursor
             cursor, page = await server.command(
-                node_key, "SCAN", cursor, "MATCH", pattern, "COUNT", _SCAN_COUNT
+                node_key, "SCAN", sent, "MATCH", pattern, "COUNT", _SCAN_COUNT
             )
             yield [one for one in page if one.startswith(prefix)]
-            if cursor == b"0":
-                break
-            if server.generation != generation:
-                cursor, restarts, generation = b"0", restarts + 1, server.generation
-                if restarts > _SCAN_RESTARTS:
+            if sent == b"0":
+                begun, generation = begun + 1, server.generation
+            elif server.generation != generation:
+                cursor = b"0"
+                if begun > _SCAN_RESTARTS:
                     raise errors.ServerUnreachable(
                         f"{server.address}: connections kept breaking while keys were listed",
                         hint="try again when the server is steady; what was deleted stays deleted",
                     )
+                continue
+            if cursor == b"0":
+                break
 
 
 async def _each(server: Server, found: Iterable[bytes], *command: str) -> list[Any]:
