@@ -23,6 +23,7 @@ __all__ = [
     "ATTESTATION_TTL_SECONDS",
     "FEED",
     "MEMORY_PREFIX",
+    "RECORDS",
     "TENANTS",
     "agent_key",
     "agent_state",
@@ -45,6 +46,7 @@ __all__ = [
     "session_key",
     "state_key",
     "swarm_key",
+    "tenant_of_record",
 ]
 
 LEDGER: Final = "claude-flow:ledger"
@@ -116,6 +118,21 @@ def index(tenant: str) -> str:
 def index_rebuild(tenant: str) -> str:
     """Hash: the index while `reindex` builds it anew; renamed to `index` or deleted at the end."""
     return f"{LEDGER}:{{{tenant}}}:governance:index-rebuild"
+
+
+RECORDS: Final = f"{LEDGER}:{{*}}:governance:*"
+"""Glob of the keys that `tenant_of_record` tells tenants from."""
+
+_RECORD = re.compile(
+    rf"{re.escape(LEDGER)}:\{{([^{{}}]*)\}}:governance:(?:decisions|head)".encode()
+)
+
+
+def tenant_of_record(key: bytes) -> str | None:
+    """Whose stream or head a key is; None for any other key."""
+    found = _RECORD.fullmatch(key)
+    name = found[1].decode("latin-1") if found else ""
+    return name if is_tenant(name) else None
 
 
 def importing(tenant: str) -> tuple[str, str, str]:

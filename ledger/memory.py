@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -46,8 +46,7 @@ MAX_TTL_SECONDS: Final = 3_153_600_000
 """A hundred years."""
 
 MAX_PATTERN_CHARS: Final = 512
-_SCAN_COUNT: Final = 500
-_SCAN_RESTARTS: Final = 20
+_PREFIX: Final = keys.MEMORY_PREFIX.encode()
 
 T = TypeVar("T")
 
@@ -258,7 +257,7 @@ class MemoryService:
         found: set[bytes] = set()
         async with (
             self._calling() as server,
-            aclosing(_scan(server, _checked_pattern(pattern))) as pages,
+            aclosing(server.scan(_checked_pattern(pattern))) as pages,
         ):
             async for page in pages:
                 found.update(page)
@@ -283,10 +282,10 @@ class MemoryService:
         seen: set[bytes] = set()  # SCAN may name a key twice; what is deleted counts once by itself
         async with (
             self._calling() as server,
-            aclosing(_scan(server, _checked_pattern(pattern))) as pages,
+            aclosing(server.scan(_checked_pattern(pattern))) as pages,
         ):
             async for page in pages:
-                fresh = [one for one in page if one not in seen]
+                fresh = [one for one in page if one.startswith(_PREFIX) and one not in seen]
                 if dry_run:
                     seen.update(fresh)
                 sizes = await _each(server, fresh, "MEMORY", "USAGE")
@@ -298,33 +297,6 @@ class MemoryService:
                 count += sum(map(bool, gone))
                 freed += sum(size or 0 for size, was in zip(sizes, gone, strict=True) if was)
         return CleanedUp(count, freed)
-
-
-async def _scan(server: Server, pattern: str) -> AsyncGenerator[list[bytes], None]:
-    """Pages of keys under the prefix, from each primary; begun anew where a connection broke,
-    since a cursor means nothing to another server.
-    """
-    prefix = keys.MEMORY_PREFIX.encode()
-    for node_key in server.primary_keys():
-        cursor, begun, generation = b"0", 0, server.generation
-        while True:
-            sent = cursor
-            cursor, page = await server.command(
-                node_key, "SCAN", sent, "MATCH", pattern, "COUNT", _SCAN_COUNT
-            )
-            yield [one for one in page if one.startswith(prefix)]
-            if sent == b"0":
-                begun, generation = begun + 1, server.generation
-            elif server.generation != generation:
-                cursor = b"0"
-                if begun > _SCAN_RESTARTS:
-                    raise errors.ServerUnreachable(
-                        f"{server.address}: connections kept breaking while keys were listed",
-                        hint="try again when the server is steady; what was deleted stays deleted",
-                    )
-                continue
-            if cursor == b"0":
-                break
 
 
 async def _each(server: Server, found: Iterable[bytes], *command: str) -> list[Any]:

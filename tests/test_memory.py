@@ -21,7 +21,6 @@ from ledger.memory import (
     MAX_TTL_SECONDS,
     MAX_VALUE_BYTES,
     MemoryService,
-    _scan,
     get_memory_service,
     reset_memory_service,
 )
@@ -295,7 +294,7 @@ async def test_keys_are_complete_across_a_failover(fresh_server, tenant):
     async with Proxy(first) as proxy, service(proxy.url) as memory:
         proxy.takes_over = second
         found = set()
-        async with aclosing(_scan(memory._server, f"claude-flow:memory:{tenant}:*")) as pages:
+        async with aclosing(memory._server.scan(f"claude-flow:memory:{tenant}:*")) as pages:
             async for page in pages:
                 found.update(page)
                 if not proxy.lost.is_set():

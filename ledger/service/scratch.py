@@ -11,7 +11,7 @@ import hashlib
 import os
 import re
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import aclosing, asynccontextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, Final
 from urllib.parse import quote
@@ -161,20 +161,14 @@ async def _own_library(server: Server) -> None:
 
 
 async def known_tenants(server: Server) -> tuple[list[str], list[str]]:
-    """Every tenant that has a head, sorted; and those of them that the registry does not have."""
-    names = await server.command(keys.TENANTS, "SMEMBERS", keys.TENANTS)
-    registered = {name.decode(errors="backslashreplace") for name in names}
+    """Every tenant that is registered or has a stream or a head, sorted; and those of them that
+    the registry does not have.
+    """
+    members = await server.command(keys.TENANTS, "SMEMBERS", keys.TENANTS)
+    registered = {name.decode(errors="backslashreplace") for name in members}
     found = {name for name in registered if keys.is_tenant(name)}
-    begin, end = keys.head("\0").encode().split(b"\0")
-    for node_key in server.primary_keys():
-        cursor = b"0"
-        while True:
-            cursor, page = await server.command(
-                node_key, "SCAN", cursor, "MATCH", keys.head("*"), "COUNT", 1000
-            )
-            heads = (one.removeprefix(begin).removesuffix(end) for one in page)
-            found |= {name for raw in heads if keys.is_tenant(name := raw.decode(errors="replace"))}
-            if cursor == b"0":
-                break
+    async with aclosing(server.scan(keys.RECORDS)) as pages:
+        async for page in pages:
+            found.update(name for one in page if (name := keys.tenant_of_record(one)))
     stray = found - registered
     return sorted(found), sorted(stray)
