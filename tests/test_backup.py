@@ -511,6 +511,28 @@ async def test_a_killed_command_leaves_no_half_result(source, small, tmp_path, s
             assert (await restored(small, target))["acgs-dev"].seq == 10
 
 
+@pytest.mark.parametrize(
+    "at",
+    ["backup /scratch/valkey.sock", "restore /data", "restore /data/valkey.sock"],
+)
+async def test_ctrl_c_leaves_nothing(source, small, tmp_path, spawn, at):
+    """An interrupted command stops the server it began and removes what it made."""
+    command, sign = at.split()
+    async with source() as (server, _ledger):
+        target = tmp_path / "target"
+        arguments = ["backup"] if command == "backup" else ["restore", small, "--into"]
+        process = spawn(
+            [*GOVLEDGER, *map(str, arguments), str(target)],
+            env=environment(server.url),
+            cwd=tmp_path,
+        )
+        await asyncio.to_thread(wait_until, lambda: _is_at(tmp_path, sign), sign)
+        process.send_signal(signal.SIGINT)
+        code = await asyncio.to_thread(process.wait, 30)
+        assert code == 130 or (code == 0 and target.exists())  # it was faster than we
+        assert leftovers(tmp_path) == []
+
+
 def _is_at(folder, sign):
     return any(folder.glob(f".target.*.partial{sign}")) or (folder / "target").exists()
 

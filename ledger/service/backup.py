@@ -14,9 +14,7 @@ compared with those of the live server up to the same seq: the record never chan
 
 from __future__ import annotations
 
-import asyncio
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final, Literal
@@ -29,7 +27,13 @@ from ledger.server import Server
 from ledger.service.digests import fold_digest, fold_name
 from ledger.service.dump import CannotDump, copy_dump, dump_path, server_ms
 from ledger.service.exporting import export_tenant, readable_head, record_digest
-from ledger.service.files import fsync_directory, partial_path, put_directory
+from ledger.service.files import (
+    fsync_directory,
+    in_thread,
+    partial_path,
+    put_directory,
+    remove,
+)
 from ledger.service.importing import import_tenant
 from ledger.service.scratch import check_loadable, known_tenants, lay_dump, private_server
 from ledger.stream import Head
@@ -182,13 +186,13 @@ async def make_backup(ledger: Ledger, directory: Path, *, verify: bool, say: Say
         InvalidBackup: the copy is not what the server has.
         ServerBusy: the server could not save.
     """
-    directory, partial = await asyncio.to_thread(_begin, directory)
+    directory, partial = await in_thread(_begin, directory)
     try:
         manifest = await _Backup(ledger, partial, say).make(verify=verify)
-        await asyncio.to_thread(_finish, partial, manifest)
+        await in_thread(_finish, partial, manifest)
         put_directory(partial, directory)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        await in_thread(remove, partial)
         raise
     return manifest
 
@@ -232,7 +236,7 @@ class _Backup:
             try:
                 await self._verify(manifest)
             finally:
-                await asyncio.to_thread(shutil.rmtree, self._scratch, ignore_errors=True)
+                await in_thread(remove, self._scratch)
         return manifest
 
     async def _manifest(self, kind: Literal["snapshot", "logical"]) -> Manifest:
@@ -292,7 +296,7 @@ class _Backup:
                 os.fsync(file.fileno())
         except _CANNOT_EXPORT as error:
             # One tenant that cannot be read must not leave the others without a backup.
-            await asyncio.to_thread(path.unlink)
+            await in_thread(path.unlink)
             problem = None if isinstance(error, errors.NotFound) else error.message
             return TenantState(tenant, problem=problem)
         return TenantState(
@@ -309,7 +313,7 @@ class _Backup:
 
     async def _verify(self, manifest: Manifest) -> None:
         if manifest.kind == "snapshot":
-            await asyncio.to_thread(lay_dump, self._partial / DUMP, self._scratch)
+            await in_thread(lay_dump, self._partial / DUMP, self._scratch)
             async with private_server(self._scratch) as scratch:
                 await self._verify_snapshot(manifest, scratch.server)
         else:

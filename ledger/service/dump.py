@@ -15,6 +15,7 @@ from typing import Final, NamedTuple
 
 from ledger import errors
 from ledger.server import Server
+from ledger.service.files import in_thread
 from ledger.service.scratch import copy_with_digest
 
 __all__ = ["CannotDump", "Dump", "copy_dump", "dump_path", "server_ms"]
@@ -74,7 +75,7 @@ async def copy_dump(server: Server, source: Path, target: Path) -> Dump:
     """
     begun_s = await server_ms(server) / 1000
     await _save(server)
-    return await asyncio.to_thread(_copy, source, target, begun_s)
+    return await in_thread(_copy, source, target, begun_s)
 
 
 def _copy(source: Path, target: Path, begun_s: float) -> Dump:

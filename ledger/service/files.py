@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import os
 import secrets
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, Final, TypeVar
 
 from ledger import errors
 
-__all__ = ["create_file", "fsync_directory", "partial_path", "put_directory", "refuse_existing"]
+__all__ = [
+    "create_file",
+    "fsync_directory",
+    "in_thread",
+    "partial_path",
+    "put_directory",
+    "refuse_existing",
+    "remove",
+]
+
+
+REMOVALS: Final = 3
+
+T = TypeVar("T")
+_log = logging.getLogger("ledger")
 
 
 def partial_path(path: Path) -> Path:
@@ -26,6 +43,30 @@ def fsync_directory(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+async def in_thread(work: Callable[..., T], *args: Any) -> T:
+    """`asyncio.to_thread` that ends when the thread does: who is cancelled can clean up then."""
+    running = asyncio.ensure_future(asyncio.to_thread(work, *args))
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        await asyncio.wait([running])
+        raise
+
+
+def remove(directory: Path) -> None:
+    """Deletes a directory that has no name yet; what cannot be deleted is said, and harmless."""
+    for _ in range(REMOVALS):
+        try:
+            shutil.rmtree(directory)
+            return
+        except FileNotFoundError:  # somebody deletes there too, such as a server that ends
+            if not directory.exists():
+                return
+        except OSError as error:
+            _log.warning("%s is left and can be deleted: %s", directory, error)
+            return
 
 
 @contextmanager

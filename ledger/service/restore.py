@@ -13,7 +13,6 @@ nothing reads and anybody may delete, and DATA_DIR as it was.
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 import shutil
 from collections.abc import Callable, Mapping
@@ -35,7 +34,13 @@ from ledger.service.backup import (
 )
 from ledger.service.digests import fold_name
 from ledger.service.exporting import export_tenant, readable_head, record_digest
-from ledger.service.files import fsync_directory, partial_path, put_directory
+from ledger.service.files import (
+    fsync_directory,
+    in_thread,
+    partial_path,
+    put_directory,
+    remove,
+)
 from ledger.service.importing import Cut, Imported, import_tenant
 from ledger.service.portable import MAGIC, ExportReader
 from ledger.service.scratch import (
@@ -316,7 +321,7 @@ async def restore(plan: Plan, say: Say) -> list[Restored]:
         restored = await (_whole if whole else _records)(plan, partial, data_dir, say)
         _sync_and_put(data_dir, plan.into)
     finally:
-        await asyncio.to_thread(shutil.rmtree, partial, ignore_errors=True)
+        await in_thread(remove, partial)
     return restored
 
 
@@ -349,7 +354,7 @@ async def _whole(plan: Plan, partial: Path, data_dir: Path, say: Say) -> list[Re
 
 async def _laid(plan: Plan, data_dir: Path) -> None:
     assert plan.dump is not None
-    if await asyncio.to_thread(lay_dump, plan.dump, data_dir) != plan.dump_sha256:
+    if await in_thread(lay_dump, plan.dump, data_dir) != plan.dump_sha256:
         raise errors.InvalidBackup(f"{plan.dump}: it changed while it was read")
 
 
@@ -433,7 +438,7 @@ async def _exported(plan: Plan, partial: Path, say: Say) -> list[PlannedTenant]:
             path = export_path(partial, place, tenant)
             path.parent.mkdir(exist_ok=True)
             files.append(await _export(scratch.server, tenant, path, stated.get(tenant), plan))
-    await asyncio.to_thread(shutil.rmtree, scratch_dir, ignore_errors=True)
+    await in_thread(remove, scratch_dir)
     return files
 
 

@@ -12,9 +12,9 @@ import os
 import re
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, Final
-from urllib.parse import quote
 
 from redis import exceptions as redis_errors
 
@@ -120,17 +120,29 @@ async def private_server(data_dir: Path) -> AsyncIterator[Ledger]:
     Raises:
         EmbeddedServerError: it does not start; where a snapshot is damaged, its log says so.
     """
-    hold = await asyncio.to_thread(
-        EmbeddedServer.acquire, data_dir, start_timeout_s=START_TIMEOUT_S, linger_s=LINGER_S
-    )
+    hold = await _acquired(data_dir)
     try:
-        url = f"embedded://{quote(str(data_dir))}"
-        settings = load_settings(redis_url=url).model_copy(update={"redis_password": None})
+        settings = load_settings(redis_url=hold.url).model_copy(update={"redis_password": None})
         async with Ledger.connect(settings=settings) as ledger:
             await _own_library(ledger.server)
             yield ledger
     finally:
         await asyncio.shield(asyncio.to_thread(_stop, hold))
+
+
+async def _acquired(data_dir: Path) -> EmbeddedServer:
+    """A thread cannot be cancelled: a server that it starts all the same is stopped again."""
+    acquire = partial(
+        EmbeddedServer.acquire, data_dir, start_timeout_s=START_TIMEOUT_S, linger_s=LINGER_S
+    )
+    starting = asyncio.ensure_future(asyncio.to_thread(acquire))
+    try:
+        return await asyncio.shield(starting)
+    except asyncio.CancelledError:
+        await asyncio.wait([starting])
+        if starting.exception() is None:
+            await asyncio.to_thread(_stop, starting.result())
+        raise
 
 
 def _stop(hold: EmbeddedServer) -> None:
