@@ -276,6 +276,27 @@ async def test_a_record_that_was_lost_whole_moves_too(valkey, tenant):
         assert (await ledger.append(other, events(1)[0])).seq == 1
 
 
+async def test_a_cut_before_a_trimmed_tail_ends_there(valkey, tenant):
+    """Where later entries are gone, a cut before them neither has their seq nor their incidents."""
+    other, third = new_tenant(), new_tenant()
+    stream = keys.decisions(tenant)
+    async with Ledger.connect(valkey.url) as ledger:
+        first = await ledger.append(tenant, events(1)[0])
+        await asyncio.sleep(0.002)
+        foreign = valkey.cli("XADD", stream, "*", "x", "y")
+        await asyncio.sleep(0.002)
+        last = await ledger.append(tenant, events(1, first=1)[0])
+        valkey.cli("XDEL", stream, foreign, last.entry_id)
+        raw = await exported(ledger, tenant)
+        to_ms = int(first.entry_id.partition("-")[0])
+        done = await imported(ledger, renamed(raw, tenant, other), cut=Cut(to_ms=to_ms))
+        assert (done.seq, done.entry_id) == (1, first.entry_id)
+        assert (await ledger.head(other)).incidents == 0
+        assert (await ledger.append(other, events(1, first=1)[0])).seq == 2
+        with pytest.raises(errors.NotFound):
+            await imported(ledger, renamed(raw, tenant, third), cut=Cut(to_ms=to_ms - 1))
+
+
 async def test_a_deletion_during_the_export_is_noticed(valkey, tenant, monkeypatch):
     """An entry that goes while the file is written makes the export fail, by name."""
     from ledger.service import exporting

@@ -59,7 +59,8 @@ def backup(
         from ledger.service.backup import make_backup
 
         async with connect(url) as ledger:
-            done = await make_backup(ledger, directory, verify=not no_verify, say=terminal.say)
+            say = _quiet if as_json else terminal.say
+            done = await make_backup(ledger, directory, verify=not no_verify, say=say)
         if as_json:
             print_json({"directory": str(directory), **to_builtins(done)})
         else:
@@ -138,7 +139,7 @@ def restore(
             else:
                 print_lines(*plan.steps())
             return
-        restored = await act(plan, terminal.say)
+        restored = await act(plan, _quiet if as_json else terminal.say)
         if as_json:
             print_json({"into": str(plan.into), "tenants": [asdict(one) for one in restored]})
         else:
@@ -150,6 +151,10 @@ def restore(
             raise typer.Exit(terminal.EXIT_NEGATIVE)
 
     terminal.run(work())
+
+
+def _quiet(_line: str) -> None:
+    """Under --json what is said stands in the result."""
 
 
 def _target(to: str | None, to_seq: list[str] | None) -> Target:

@@ -234,7 +234,9 @@ class _Import:
     def _set_head(self, *, cut: bool) -> None:
         head, done = self._reader.head, self.done
         done.seq = self._ordinals.last_seq
-        if not cut and not self._cut.is_behind(split_id(head.entry_id)[0], head.seq):
+        # The head may lie behind entries that are gone.
+        cut = cut or self._cut.is_behind(split_id(head.entry_id)[0], head.seq)
+        if not cut:
             if head.seq < done.seq:
                 raise errors.InvalidBackup(
                     f"tenant {done.tenant}: the file's head is seq {head.seq}, its entries go to "
@@ -301,7 +303,7 @@ class _Import:
 
     def _incidents(self) -> list[bytes]:
         pairs = zip(self._reader.raw_incidents, self._reader.incidents, strict=True)
-        if not self.done.left_out:
+        if self.done.entry_id == self._reader.head.entry_id:
             return [raw for raw, _ in pairs]
         kept = []
         for raw, incident in pairs:
