@@ -106,7 +106,8 @@ class MemoryService:
         async with self._opening:
             if not self.is_initialized:
                 self._server = await Server.open(self.settings)
-                self._loop, self._calls = asyncio.get_running_loop(), 0
+                self._borrowed, self._calls = False, 0
+                self._loop = asyncio.get_running_loop()
 
     async def disconnect(self) -> None:
         """Waits for calls that are under way, then closes the connections. Idempotent."""

@@ -395,6 +395,10 @@ async def test_ledger_has_the_memory_on_its_own_connections(valkey, tenant):
         await ledger.memory.set(keys.session_key(tenant, "s/1"), 1)
         assert await ledger.memory.keys(f"{tenant}:*") == [f"{tenant}:session:s%2F1"]
         await ledger.memory.disconnect()
+        with pytest.raises(errors.NotInitialized):
+            await ledger.memory.keys()
+        async with ledger.memory as again:  # on a connection of its own
+            assert await again.exists(keys.session_key(tenant, "s/1"))
         await ledger.append(tenant, Decision(agent="a", action="b", verdict="allow"))
 
 
