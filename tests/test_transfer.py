@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
 from hypothesis.stateful import run_state_machine_as_test as run_machine
 
-from ledger import Ledger, errors, keys
+from ledger import Ledger, errors, keys, load_settings
 from ledger.server import pack
 from ledger.service.exporting import export_tenant, stream_head
 from ledger.service.importing import Cut, import_tenant
@@ -201,6 +201,25 @@ async def _until(proxy, part, task):
     while not proxy.requests_with(part):
         assert not task.done(), f"no request had {part}"
         await asyncio.sleep(0)
+
+
+async def test_an_import_goes_on_after_its_server_was_killed(fresh_server, valkey, tenant):
+    """A server killed in the middle and restarted: the import ends whole, each entry once."""
+    server = fresh_server()
+    patient = load_settings(redis_url=server.url, memory_max_reconnect_attempts=1000)
+    async with Ledger.connect(valkey.url) as old, Ledger.connect(settings=patient) as new:
+        for start in range(0, 5000, 1000):
+            await old.append_many(tenant, events(1000, first=start))
+        raw = await exported(old, tenant)
+        begun = asyncio.create_task(imported(new, raw))
+        stream, _, _ = keys.importing(tenant)
+        while not await asyncio.to_thread(server.cli, "EXISTS", stream):
+            assert not begun.done()
+        await asyncio.to_thread(server.kill)
+        await asyncio.to_thread(server.restart)
+        await begun
+        assert raw_entries(server, tenant) == raw_entries(valkey, tenant)
+        assert await recorded(new, tenant) == await recorded(old, tenant)
 
 
 async def test_moved_state_is_not_a_continuation(valkey, tenant):
