@@ -35,6 +35,7 @@ from ledger.events import (
     event_from_json,
 )
 from ledger.ledger import Ledger
+from ledger.memory import MemoryEntry, MemoryService, get_memory_service, reset_memory_service
 from ledger.settings import Settings, load_settings
 from ledger.stream import Entry, Head, Incident, Position
 
@@ -57,6 +58,8 @@ __all__ = [
     "Head",
     "Incident",
     "Ledger",
+    "MemoryEntry",
+    "MemoryService",
     "ModeChanged",
     "ModelRef",
     "Outcome",
@@ -75,6 +78,8 @@ __all__ = [
     "errors",
     "event_from_json",
     "events",
+    "get_memory_service",
     "load_settings",
+    "reset_memory_service",
     "sync",
 ]

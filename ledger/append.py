@@ -419,14 +419,7 @@ class _Lane:
 
     def _refuse_unsafe(self, settings: NodeSettings, wanted: Durability | None) -> None:
         if self._evicts(settings):
-            raise errors.UnsafeServer(
-                f"{self._server.address}: maxmemory-policy is {settings.maxmemory_policy}, which "
-                "evicts keys without a TTL: acknowledged decisions would vanish",
-                hint="CONFIG SET maxmemory-policy noeviction (or volatile-lru); "
-                "GOVLEDGER_ALLOW_EVICTION=1 appends all the same",
-                setting="maxmemory-policy",
-                found=settings.maxmemory_policy,
-            )
+            raise evicting(self._server.address, settings)
         if wanted is Durability.FSYNCED and not settings.fsyncs_every_ack:
             raise _not_fsynced(self._server.address, settings)
 
@@ -613,6 +606,18 @@ _REFUSALS: Final[dict[str, Callable[[str, list[str]], errors.LedgerError]]] = {
     "LEDGERFOREIGN": _many_foreign,
 }
 """What an error reply of `append` in functions.lua means, by its code."""
+
+
+def evicting(address: str, settings: NodeSettings) -> errors.UnsafeServer:
+    """The server may drop what it acknowledged."""
+    return errors.UnsafeServer(
+        f"{address}: maxmemory-policy is {settings.maxmemory_policy}, which evicts keys without a "
+        "TTL: acknowledged decisions would vanish",
+        hint="CONFIG SET maxmemory-policy noeviction (or volatile-lru); "
+        "GOVLEDGER_ALLOW_EVICTION=1 appends all the same",
+        setting="maxmemory-policy",
+        found=settings.maxmemory_policy,
+    )
 
 
 def _not_fsynced(address: str, settings: NodeSettings) -> errors.UnsafeServer:

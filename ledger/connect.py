@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 from redis import exceptions as redis_errors
 from redis.asyncio import ConnectionPool, Redis, RedisCluster
@@ -20,6 +21,7 @@ from ledger.settings import Settings
 __all__ = ["cluster_client", "embedded_path", "pool", "sentinel_pool", "shown_address"]
 
 CONNECT_TIMEOUT_S: Final = 5.0
+_log = logging.getLogger("ledger")
 READ_BYTES: Final = 256 * 1024
 """How much one read takes: a page of a replay is most of a megabyte."""
 
@@ -93,12 +95,25 @@ def pool(url: str, settings: Settings) -> ConnectionPool:
     """Connections to one address; redis-py's own retries are off, see `server.py`."""
     options = _connection_options(settings, url)
     options["maint_notifications_config"] = MaintNotificationsConfig(enabled=False)
+    _warn_of_unverified_tls(url)
     try:
         made = ConnectionPool.from_url(url, **options)
         made.make_connection()  # type: ignore[no-untyped-call]  # an unknown option shows here
         return made
     except (TypeError, ValueError, redis_errors.RedisError) as error:
         raise errors.InvalidSetting(f"REDIS_URL: {error}", hint=_URL_HINT) from None
+
+
+def _warn_of_unverified_tls(url: str) -> None:
+    """Certificates are verified unless the URL says otherwise, which is to be seen in the log."""
+    asked = {name: values[-1].lower() for name, values in parse_qs(urlsplit(url).query).items()}
+    unverified = asked.get("ssl_cert_reqs") in ("none", "optional")
+    if unverified or asked.get("ssl_check_hostname") in ("false", "0", "no", "off"):
+        _log.warning(
+            "%s: the URL turns the check of the server's certificate off: whoever is in between "
+            "can read and change everything; ?ssl_ca_certs=/path/ca.pem trusts a CA of your own",
+            shown_address(url),
+        )
 
 
 def cluster_client(url: str, settings: Settings) -> RedisCluster:

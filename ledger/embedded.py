@@ -245,6 +245,21 @@ class EmbeddedServer:
             finally:
                 os.close(users_fd)
 
+    def stop(self) -> None:
+        """Shut the server down now, whoever uses it, and let go of it; its files are whole then.
+
+        For a server that is one's own, such as one on a directory that is being made.
+        Raises `EmbeddedServerError` if it does not end.
+        """
+        with self._mutex, _os_errors_named(self.data_dir):
+            users_fd, self._users_fd = self._users_fd, None
+            if users_fd is None:
+                return
+            try:
+                _shut_down(self.data_dir, self.socket_path)
+            finally:
+                os.close(users_fd)
+
     def __enter__(self) -> Self:
         return self
 
@@ -603,6 +618,25 @@ def _open_port(directory: Path, socket_path: Path, port: int) -> None:
             data_dir=str(directory),
             port=port,
         )
+
+
+def _shut_down(directory: Path, socket_path: Path) -> None:
+    """Have the server end, and wait until it has let go of its files."""
+    # What is not there, or closes the connection, has ended: that is the answer to SHUTDOWN.
+    with (
+        suppress(ConnectionError, FileNotFoundError),
+        _connect(socket_path, _STOP_TIMEOUT_S) as connection,
+    ):
+        reply = _ask(connection, "SHUTDOWN")
+        raise EmbeddedServerError(
+            f"the embedded server of {directory} does not shut down: {reply.decode()}",
+            hint=f"see {directory / _LOG}",
+            data_dir=str(directory),
+        )
+    lock_fd = _wait_lock(
+        directory / _SERVER_LOCK, fcntl.LOCK_EX, time.monotonic() + _STOP_TIMEOUT_S
+    )
+    os.close(lock_fd)
 
 
 def _ensure_keeper(directory: Path, linger_s: float) -> socket.socket | None:

@@ -14,6 +14,7 @@
     │   ├── StreamBlocked            a foreign id leaves no room for true times
     │   ├── LibraryTooNew            the server speaks only to newer releases
     │   ├── ForeignEntries           too many foreign entries to register in one go
+    │   ├── TargetExists             something lies where a backup, restore or import would go
     │   └── ServerInUse              another server or port holds the data directory
     ├── DurabilityNotReached         may be recorded, but not as safely as was asked
     ├── Unavailable                  the server cannot be asked now; a retry by id is safe
@@ -33,8 +34,11 @@
     ├── EntriesMissing               the record has a hole
     ├── NotCaughtUp                  the projection has not folded that far yet
     ├── LedgerRolledBack             the ledger is behind what was already read from it
-    └── CommitConflict               another projector folded this tenant meanwhile
-        └── LeaseHeld                another worker folds this tenant now
+    ├── CommitConflict               another projector folded this tenant meanwhile
+    │   └── LeaseHeld                another worker folds this tenant now
+    ├── InvalidBackup                a backup or an export is damaged, or is not what it says
+    ├── MalformedValue               a memory key holds something else than was expected
+    └── NotInitialized               the memory service is not connected yet, or not any more
 
 Operating errors (`Unavailable`, `DurabilityNotReached`) are worth a retry with the same event ids,
 which is always safe. `InvalidInput` and `Refused` are not: something must change first.
@@ -53,6 +57,7 @@ __all__ = [
     "ForeignEntries",
     "FunctionMissing",
     "IndexBehind",
+    "InvalidBackup",
     "InvalidEvent",
     "InvalidInput",
     "InvalidSetting",
@@ -61,8 +66,10 @@ __all__ = [
     "LedgerError",
     "LedgerRolledBack",
     "LibraryTooNew",
+    "MalformedValue",
     "NotCaughtUp",
     "NotFound",
+    "NotInitialized",
     "OutOfMemory",
     "PermissionDenied",
     "ReadOnlyReplica",
@@ -74,6 +81,7 @@ __all__ = [
     "ServerUnreachable",
     "StateUnavailable",
     "StreamBlocked",
+    "TargetExists",
     "TlsFailed",
     "Unavailable",
     "UnsafeServer",
@@ -157,6 +165,10 @@ class ForeignEntries(Refused):
 
 class ServerInUse(Refused):
     """A server already runs on this data directory in another way than was asked for."""
+
+
+class TargetExists(Refused):
+    """Something lies where a backup, a restore or an import would go; nothing was overwritten."""
 
 
 class DurabilityNotReached(LedgerError):
@@ -243,3 +255,15 @@ class CommitConflict(LedgerError):
 
 class LeaseHeld(CommitConflict):
     """Another worker folds this tenant; whose lease it is, and for how long, is in the facts."""
+
+
+class InvalidBackup(LedgerError):
+    """A backup or an export is damaged, unfinished, or does not hold what it says it holds."""
+
+
+class MalformedValue(LedgerError, ValueError):
+    """What is stored under a memory key is no envelope, or does not fit the model asked for."""
+
+
+class NotInitialized(LedgerError, RuntimeError):
+    """The memory service was used before `initialize` or after `disconnect`."""

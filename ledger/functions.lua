@@ -587,6 +587,128 @@ local function begin_epoch(keys, args)
   return 1
 end
 
+-- The memory service's envelope is the published one with any metadata.
+local MEMORY_TAIL = '"createdAt":"([^"]*)","updatedAt":"[^"]*","metadata":{[^{}]*}}$'
+
+-- When a memory key was first set: our own envelope's end says it, another client's is decoded.
+local function created_at(key)
+  local tail = call('GETRANGE', key, -ENVELOPE_TAIL_BYTES, -1)
+  if tail == '' then return nil end
+  local created = string.match(tail, MEMORY_TAIL)
+  if not created then
+    local whole, envelope = pcall(cjson.decode, call('GET', key))
+    created = whole and type(envelope) == 'table' and envelope.createdAt
+  end
+  if type(created) ~= 'string' or #created > 40 then return nil end
+  return string.match(created, '^[%w:.+-]+$')
+end
+
+-- KEYS: the memory key. ARGV: protocol, value, now as ISO 8601, metadata, TTL in s (0 = none).
+local function memory_set(keys, args)
+  local refusal = protocol_refusal(args[1])
+  if refusal then return refusal end
+  local envelope = '{"value":' .. args[2] .. ',"createdAt":"' .. (created_at(keys[1]) or args[3])
+    .. '","updatedAt":"' .. args[3] .. '","metadata":' .. args[4] .. '}'
+  if tonumber(args[5]) > 0 then
+    call('SET', keys[1], envelope, 'EX', args[5])
+  else
+    call('SET', keys[1], envelope)
+  end
+  return 1
+end
+
+-- A tenant's record that is imported grows beside the tenant's own keys, under a token, and takes
+-- their place in one call. KEYS of these: stream, head, index, then the same three being imported.
+-- ARGV begins with protocol and token. Who begins later takes over: the earlier token is refused.
+local function import_refusal(keys, args)
+  local refusal = protocol_refusal(args[1])
+  if refusal then return refusal end
+  if call('EXISTS', keys[1], keys[2], keys[3]) > 0 then return refuse('LEDGEREXISTS') end
+  if call('HGET', keys[5], 'token') ~= args[2] then return refuse('LEDGERIMPORT') end
+end
+
+local function import_begin(keys, args)
+  local refusal = protocol_refusal(args[1])
+  if refusal then return refusal end
+  if call('EXISTS', keys[1], keys[2], keys[3]) > 0 then return refuse('LEDGEREXISTS') end
+  call('UNLINK', keys[4], keys[5], keys[6])
+  call('HSET', keys[5], 'token', args[2])
+  return 1
+end
+
+-- Then: number of the first incident, their JSON in order.
+local function import_incidents(keys, args)
+  local refusal = import_refusal(keys, args)
+  if refusal then return refusal end
+  for i = 4, #args do
+    call('HSET', keys[5], 'incident:' .. (tonumber(args[3]) + i - 4), args[i])
+  end
+  return 1
+end
+
+-- Then: entries imported before, entries here, and for each its id, its value in the index ('' =
+-- it is foreign), its number of fields and values, and these.
+local function import_page(keys, args)
+  local refusal = import_refusal(keys, args)
+  if refusal then return refusal end
+  local before, count, have = tonumber(args[3]), tonumber(args[4]), call('XLEN', keys[4])
+  if have == before + count then return have end  -- our own call, whose answer was lost
+  if have ~= before then return refuse('LEDGERIMPORT') end
+  local at = 5
+  while at <= #args do
+    local last = at + 2 + tonumber(args[at + 2])
+    call('XADD', keys[4], args[at], unpack(args, at + 3, last))
+    if args[at + 1] ~= '' then call('HSET', keys[6], args[at + 6], args[at + 1]) end
+    at = last + 1
+  end
+  return before + count
+end
+
+-- Then: epoch, last id, seq, entries, own entries, incidents.
+local function import_finish(keys, args)
+  local refusal = protocol_refusal(args[1])
+  if refusal then return refusal end
+  local there = read_head(keys[2])
+  if there and there.epoch == args[3] then return 1 end  -- our own call, whose answer was lost
+  refusal = import_refusal(keys, args)
+  if refusal then return refusal end
+  local length, own = tonumber(args[6]), tonumber(args[7])
+  if call('XLEN', keys[4]) ~= length then return refuse('LEDGERIMPORT') end
+  local indexed = call('HLEN', keys[6])
+  if indexed ~= own then return refuse('LEDGERBEHIND', indexed, own) end
+  if length == 0 then  -- the only way to a stream without an entry
+    call('XGROUP', 'CREATE', keys[4], 'none', '$', 'MKSTREAM')
+    call('XGROUP', 'DESTROY', keys[4], 'none')
+  end
+  call('XSETID', keys[4], args[4], 'ENTRIESADDED', length)
+  call('HDEL', keys[5], 'token')
+  write_head(keys[5], {epoch = args[3], id = args[4], seq = tonumber(args[5]), added = length,
+                       length = length, own = own, incidents = tonumber(args[8])})
+  call('RENAME', keys[4], keys[1])
+  if own > 0 then call('RENAME', keys[6], keys[3]) end
+  call('RENAME', keys[5], keys[2])
+  return 1
+end
+
+local function import_discard(keys, args)
+  local refusal = protocol_refusal(args[1])
+  if refusal then return refusal end
+  if call('HGET', keys[5], 'token') ~= args[2] then return 0 end
+  return call('UNLINK', keys[4], keys[5], keys[6])
+end
+
+-- A restored tenant is not the continuation of the one it was copied from. KEYS: head. ARGV:
+-- protocol, epoch it has, epoch it gets.
+local function new_epoch(keys, args)
+  local refusal = protocol_refusal(args[1])
+  if refusal then return refusal end
+  local epoch = call('HGET', keys[1], 'epoch')
+  if epoch == args[3] then return 1 end  -- our own call, whose answer was lost
+  if epoch ~= args[2] then return refuse('LEDGERMOVED', epoch or '') end
+  call('HSET', keys[1], 'epoch', args[3])
+  return 1
+end
+
 redis.register_function('govledger_append', append)
 redis.register_function('govledger_notice', notice)
 redis.register_function('govledger_finish_reindex', finish_reindex)
@@ -597,5 +719,13 @@ redis.register_function('govledger_commit', commit)
 redis.register_function('govledger_drop_snapshot', drop_snapshot)
 redis.register_function('govledger_adopt', adopt)
 redis.register_function('govledger_publish', publish)
+redis.register_function('govledger_memory_set', memory_set)
+redis.register_function('govledger_import_begin', import_begin)
+redis.register_function('govledger_import_incidents', import_incidents)
+redis.register_function('govledger_import_page', import_page)
+redis.register_function('govledger_import_finish', import_finish)
+redis.register_function{function_name = 'govledger_import_discard', flags = {'allow-oom'},
+  callback = import_discard}
+redis.register_function('govledger_new_epoch', new_epoch)
 redis.register_function{function_name = 'govledger_version', flags = {'no-writes'},
   callback = function() return {VERSION, OLDEST_CLIENT} end}

@@ -17,33 +17,48 @@ import re
 from typing import Final
 from urllib.parse import quote
 
-from ledger.errors import InvalidTenant
+from ledger.errors import InvalidInput, InvalidTenant
 
 __all__ = [
     "ATTESTATION_TTL_SECONDS",
     "FEED",
+    "MEMORY_PREFIX",
+    "RECORDS",
     "TENANTS",
+    "agent_key",
     "agent_state",
     "attestation",
+    "cache_key",
     "checked_tenant",
     "decisions",
     "governance_state",
     "head",
+    "importing",
     "index",
     "index_rebuild",
     "is_tenant",
     "lease",
+    "memory_key",
     "projection",
     "projection_active",
     "projection_bucket",
     "projection_quarantine",
     "published",
+    "session_key",
     "snapshot",
     "snapshots",
+    "state_key",
+    "swarm_key",
+    "tenant_of_record",
 ]
 
 LEDGER: Final = "claude-flow:ledger"
 MEMORY: Final = "claude-flow:memory"
+
+MEMORY_PREFIX: Final = f"{MEMORY}:"
+"""What the memory service's keys are relative to."""
+
+MAX_MEMORY_KEY_BYTES: Final = 1024
 
 TENANTS: Final = f"{LEDGER}:_:tenants:all"
 """Set of every tenant's name, acknowledged before the tenant's first append."""
@@ -108,6 +123,29 @@ def index_rebuild(tenant: str) -> str:
     return f"{LEDGER}:{{{tenant}}}:governance:index-rebuild"
 
 
+RECORDS: Final = f"{LEDGER}:{{*}}:governance:*"
+"""Glob of the keys that `tenant_of_record` tells tenants from."""
+
+_RECORD = re.compile(
+    rf"{re.escape(LEDGER)}:\{{([^{{}}]*)\}}:governance:(?:decisions|head)".encode()
+)
+
+
+def tenant_of_record(key: bytes) -> str | None:
+    """Whose stream or head a key is; None for any other key."""
+    found = _RECORD.fullmatch(key)
+    name = found[1].decode("latin-1") if found else ""
+    return name if is_tenant(name) else None
+
+
+def importing(tenant: str) -> tuple[str, str, str]:
+    """Stream, head and index of a record while it is imported: renamed to the tenant's own at the
+    end; what a killed import leaves is deleted by the next one.
+    """
+    begin = f"{LEDGER}:{{{tenant}}}:governance:importing"
+    return f"{begin}-decisions", f"{begin}-head", f"{begin}-index"
+
+
 def projection(tenant: str, name: str, version: int) -> str:
     """Hash: a projection's position and its entity `state`, committed together."""
     return f"{LEDGER}:{{{tenant}}}:projection:{name}@{version}"
@@ -158,6 +196,59 @@ def governance_state(tenant: str) -> str:
 def agent_state(tenant: str, agent_id: str) -> str:
     """String: one agent's published state; the id percent-encoded, so two ids never share a key."""
     return f"{MEMORY}:{tenant}:agent:{quote(agent_id, safe='')}"
+
+
+def memory_key(key: str) -> str:
+    """The full key of one that is relative to `claude-flow:memory:`.
+
+    Raises:
+        InvalidInput: it is empty, over 1,024 bytes, no UTF-8, or has the prefix already.
+    """
+    given: object = key  # callers without types
+    try:
+        size = len(given.encode()) if isinstance(given, str) else 0
+    except UnicodeEncodeError:
+        size = 0
+    if not 1 <= size <= MAX_MEMORY_KEY_BYTES:
+        raise InvalidInput(
+            f"key: {_shown(key)} is no key",
+            hint=f"1 to {MAX_MEMORY_KEY_BYTES} bytes of UTF-8, such as acgs-dev:session:s-1",
+        )
+    if key.startswith("claude-flow:"):
+        raise InvalidInput(
+            f"key: {_shown(key)} is a full key",
+            hint=f"leave out {MEMORY_PREFIX}: keys are relative",
+        )
+    return f"{MEMORY_PREFIX}{key}"
+
+
+def _memory_part(tenant: str, kind: str, name: str) -> str:
+    return f"{checked_tenant(tenant)}:{kind}:{quote(name, safe='')}"
+
+
+def state_key(tenant: str) -> str:
+    """The memory service's key of a tenant's published governance state."""
+    return _memory_part(tenant, "governance", "state")
+
+
+def session_key(tenant: str, session_id: str) -> str:
+    """The memory service's key of a session; the id percent-encoded, as in all of these."""
+    return _memory_part(tenant, "session", session_id)
+
+
+def agent_key(tenant: str, agent_id: str) -> str:
+    """The memory service's key of an agent."""
+    return _memory_part(tenant, "agent", agent_id)
+
+
+def swarm_key(tenant: str, swarm_id: str) -> str:
+    """The memory service's key of a swarm."""
+    return _memory_part(tenant, "swarm", swarm_id)
+
+
+def cache_key(tenant: str, name: str) -> str:
+    """The memory service's key of something cached."""
+    return _memory_part(tenant, "cache", name)
 
 
 def attestation(run_id: str) -> str:

@@ -10,6 +10,7 @@ from typing import Any, Self
 from ledger import errors, keys
 from ledger.append import Appender, Durability, Receipt
 from ledger.events import Event
+from ledger.memory import MemoryService
 from ledger.reindex import reindex
 from ledger.server import Server
 from ledger.settings import Settings, load_settings
@@ -27,6 +28,8 @@ class Ledger:
 
     def __init__(self, server: Server, durability: Durability | None = None) -> None:
         self.server = server
+        self.memory = MemoryService(server=server)
+        """The operations guide's memory service, on this ledger's connections."""
         self._appender = Appender(server, durability)
 
     @classmethod

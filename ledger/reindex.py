@@ -16,7 +16,7 @@ from ledger import errors, keys
 from ledger.server import LIBRARY_VERSION, Server, pack
 from ledger.stream import PAGE_ENTRIES, Incident, Walk, blocked, split_id
 
-__all__ = ["reindex"]
+__all__ = ["notice", "reindex"]
 
 _ATTEMPTS: Final = 5
 _OWN_FIELDS: Final = [b"type", b"id", b"data"]
@@ -44,7 +44,7 @@ async def reindex(
     for _ in range(_ATTEMPTS):
         await server.command(rebuilt, "UNLINK", rebuilt)
         try:
-            await _notice(server, tenant, on)
+            await notice(server, tenant, on)
             found = await _rebuild(server, tenant, on_progress)
             await server.function(
                 "govledger_finish_reindex", (*on, rebuilt), secrets.token_hex(8), *found.facts()
@@ -63,7 +63,7 @@ async def reindex(
     )
 
 
-async def _notice(server: Server, tenant: str, on: tuple[str, ...]) -> None:
+async def notice(server: Server, tenant: str, on: tuple[str, ...]) -> None:
     """Has foreign entries registered first: what is in the stream and not registered is ours."""
     packed = pack("FCALL", "govledger_notice", len(on), *on, LIBRARY_VERSION)
     while True:

@@ -12,7 +12,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -41,6 +41,8 @@ LIBRARY_VERSION: Final = 3
 REPLY_TIMEOUT_S: Final = 10.0
 BACKOFF_BASE_S: Final = 0.05
 BACKOFF_CAP_S: Final = 2.0
+SCAN_COUNT: Final = 500
+SCAN_ATTEMPTS: Final = 20
 SETTINGS_AGE_LIMIT_S: Final = 1.0
 """How old the server settings behind a receipt's durability may be."""
 
@@ -278,6 +280,35 @@ class Server:
                 replies[i] = reply
         return replies
 
+    async def scan(self, pattern: str) -> AsyncGenerator[list[bytes], None]:
+        """Pages of the keys that match a glob, from each primary, by SCAN: every key that is there
+        all the while, some perhaps twice. Where a connection broke it begins anew, since a cursor
+        means nothing to another server.
+
+        Raises:
+            ServerUnreachable: connections kept breaking.
+        """
+        for node_key in self.primary_keys():
+            cursor, begun, generation = b"0", 0, self.generation
+            while True:
+                sent = cursor
+                cursor, page = await self.command(
+                    node_key, "SCAN", sent, "MATCH", pattern, "COUNT", SCAN_COUNT
+                )
+                yield page
+                if sent == b"0":
+                    begun, generation = begun + 1, self.generation
+                elif self.generation != generation:
+                    cursor = b"0"
+                    if begun > SCAN_ATTEMPTS:
+                        raise errors.ServerUnreachable(
+                            f"{self.address}: connections kept breaking while keys were listed",
+                            hint="try again when the server is steady",
+                        )
+                    continue
+                if cursor == b"0":
+                    break
+
     async def _exchange_once(
         self, key: str, packed: list[bytes], replies: int, timeout_s: float
     ) -> list[Reply]:
@@ -451,6 +482,15 @@ class Server:
                 return None
             raise translate(reply, self.address) from reply
         return int(reply[0])
+
+    def primary_keys(self) -> list[str]:
+        """For each primary a key that leads to it; one server has "", which leads anywhere."""
+        return self._primary_keys() if self._cluster else [""]
+
+    @property
+    def is_cluster(self) -> bool:
+        """Whether several nodes share the keys."""
+        return self._cluster is not None
 
     def _primary_keys(self) -> list[str]:
         """For each primary a key that it holds, so that commands find it by the usual way."""

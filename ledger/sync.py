@@ -15,6 +15,7 @@ from ledger import errors
 from ledger.append import Durability, Receipt
 from ledger.events import Event
 from ledger.ledger import Ledger as AsyncLedger
+from ledger.memory import CleanedUp, MemoryEntry, MemoryService
 from ledger.settings import Settings
 from ledger.stream import Entry, Head
 
@@ -136,9 +137,59 @@ class Ledger:
         """As `ledger.Ledger.tenants`."""
         return self._run(self._ledger.tenants())
 
+    @property
+    def memory(self) -> Memory:
+        """As `ledger.Ledger.memory`."""
+        return Memory(self._ledger.memory, self._run)
+
     def reindex(self, tenant: str, on_progress: Callable[[int], None] | None = None) -> int:
         """As `ledger.Ledger.reindex`."""
         return self._run(self._ledger.reindex(tenant, on_progress))
+
+
+class Memory:
+    """`ledger.memory.MemoryService` for callers without an event loop."""
+
+    def __init__(
+        self, service: MemoryService, run: Callable[[Coroutine[Any, Any, Any]], Any]
+    ) -> None:
+        self._service = service
+        self._run = run
+
+    def set(self, key: str, value: Any, ttl_seconds: int | None = None, **options: Any) -> None:
+        """As `MemoryService.set`."""
+        self._run(self._service.set(key, value, ttl_seconds, **options))
+
+    def get(self, key: str, model: type[Any] | None = None) -> Any:
+        """As `MemoryService.get`."""
+        return self._run(self._service.get(key, model) if model else self._service.get(key))
+
+    def get_entry(self, key: str) -> MemoryEntry | None:
+        """As `MemoryService.get_entry`."""
+        entry: MemoryEntry | None = self._run(self._service.get_entry(key))
+        return entry
+
+    def delete(self, key: str) -> bool:
+        """As `MemoryService.delete`."""
+        return bool(self._run(self._service.delete(key)))
+
+    def exists(self, key: str) -> bool:
+        """As `MemoryService.exists`."""
+        return bool(self._run(self._service.exists(key)))
+
+    def expire(self, key: str, ttl_seconds: int) -> bool:
+        """As `MemoryService.expire`."""
+        return bool(self._run(self._service.expire(key, ttl_seconds)))
+
+    def keys(self, pattern: str = "*") -> list[str]:
+        """As `MemoryService.keys`."""
+        found: list[str] = self._run(self._service.keys(pattern))
+        return found
+
+    def cleanup(self, pattern: str, *, dry_run: bool = False) -> CleanedUp:
+        """As `MemoryService.cleanup`."""
+        done: CleanedUp = self._run(self._service.cleanup(pattern, dry_run=dry_run))
+        return done
 
 
 async def _opened(

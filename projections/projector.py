@@ -131,7 +131,7 @@ class Projector:
             LedgerRolledBack: a tenant's ledger is behind, or other than, what was folded.
             CommitConflict: other projectors kept overtaking this one.
             EntriesMissing, IndexBehind, Unavailable: as `Ledger.replay`. The first one, after the
-                other tenants were folded.
+                other tenants were folded; its facts have `folded`.
         """
         names = await self.ledger.tenants() if tenants is None else tenants
         folded: dict[str, int] = {}
@@ -146,6 +146,7 @@ class Projector:
                 if len(names) > 1:
                     _log.error("tenant %s: not folded: %s", tenant, error)
         if failed:
+            failed[0].facts["folded"] = folded
             raise failed[0]
         return folded
 

@@ -12,6 +12,7 @@ A copy, with the guide's TTL: `claude-flow:memory:{tenant}:{name}:state` (withou
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import secrets
 import time
@@ -25,6 +26,7 @@ from zlib import crc32
 import orjson
 
 from ledger import errors, keys
+from ledger.memory import iso_ms
 from ledger.server import LIBRARY_VERSION, Server, pack
 from ledger.stream import Head, Position, read_head, split_id
 from projections.lease import LEASE_MS, lease_held, worker_name
@@ -43,6 +45,7 @@ from projections.snapshots import (
 __all__ = ["Committed", "FoldStore", "PublishedState", "Standing", "encode_entity"]
 
 BUCKETS: Final = 1024
+BUCKETS_A_CALL: Final = 64
 REBUILD: Final = "rebuild"
 STOPPED: Final = "stopped"
 SNAPSHOT_FIELDS_A_CALL: Final = 1000
@@ -406,6 +409,20 @@ class FoldStore:
         self._snapshots = []
         await self._server.command(self._key, "UNLINK", *self._all_keys(), *self._kept_keys(seqs))
 
+    async def digest(self) -> str:
+        """SHA-256 over every committed entity: equal folds of equal entries have the same."""
+        sha256 = hashlib.sha256()
+        state = await self._server.command(self._key, "HGET", self._key, STATE)
+        _feed(sha256, STATE.encode(), state or b"")
+        buckets = self._all_keys()[1:]
+        for start in range(0, len(buckets), BUCKETS_A_CALL):
+            some = buckets[start : start + BUCKETS_A_CALL]
+            packed = [pack("HGETALL", bucket) for bucket in some]
+            for reply in await self._server.exchange(self._key, packed, len(packed)):
+                for name, entity in sorted(self._server.checked(reply).items()):
+                    _feed(sha256, name, entity)
+        return sha256.hexdigest()
+
     async def adopt(self, committed: Committed) -> None:
         """Puts this rebuilt state in the place of the live one, in one step."""
         live = FoldStore(self._server, self.tenant, self.projection)
@@ -616,6 +633,10 @@ class FoldStore:
         )
 
 
+def _feed(sha256: hashlib._Hash, name: bytes, entity: bytes) -> None:
+    sha256.update(b"%d:%b%d:%b" % (len(name), name, len(entity), entity))
+
+
 def parse_envelope(tenant: str, raw: bytes) -> PublishedState | None:
     """An envelope that `publish` wrote; None for anything else under that key."""
     try:
@@ -636,9 +657,3 @@ def parse_envelope(tenant: str, raw: bytes) -> PublishedState | None:
         )
     except (AttributeError, KeyError, TypeError, ValueError):
         return None
-
-
-def iso_ms(ms: int) -> str:
-    """ISO 8601 with milliseconds and Z, as JavaScript's toISOString writes it."""
-    moment = datetime.fromtimestamp(ms / 1000, UTC)
-    return f"{moment:%Y-%m-%dT%H:%M:%S}.{ms % 1000:03d}Z"

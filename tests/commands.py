@@ -27,7 +27,7 @@ GOVLEDGER: Final = [sys.executable, "-m", "ledger"]
 _FORKER: Final = """
 import json, os, signal, sys, traceback
 import projections
-from ledger.service import appending, cli, jsonl, operate, render, state
+from ledger.service import appending, backup, cli, jsonl, operate, render, restore, state
 
 def command(asked):
     signal.alarm(60)

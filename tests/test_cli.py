@@ -653,7 +653,9 @@ def test_every_error_has_an_exit_code():
 
 def examples(command: str) -> list[str]:
     """The example lines in a command's help."""
-    (found,) = [one for one in app.registered_commands if one.callback.__name__ == command]
+    (found,) = [
+        one for one in app.registered_commands if command in (one.name, one.callback.__name__)
+    ]
     return [line.strip() for line in found.epilog.splitlines() if "govledger " in line]
 
 
@@ -674,7 +676,9 @@ def test_help_lists_every_command_and_exit_code():
 @pytest.mark.parametrize("command", COMMANDS)
 def test_each_command_has_json_and_an_example(command):
     """Every command takes --json and shows how it is used."""
-    (found,) = [one for one in app.registered_commands if one.callback.__name__ == command]
+    (found,) = [
+        one for one in app.registered_commands if command in (one.name, one.callback.__name__)
+    ]
     assert "as_json" in found.callback.__annotations__
     assert examples(command)
     assert all(shlex.split(line)[:2] == ["govledger", command] for line in examples(command))
@@ -688,7 +692,7 @@ def test_examples_work(valkey, tenant, tmp_path):
     lines = [
         line
         for command in COMMANDS
-        if command != "dev"
+        if command not in ("dev", "backup", "restore", "import-ledger")
         for line in examples(command)
         if line not in ("govledger project", "govledger project --workers 4")
     ]

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from ledger import keys
+from ledger.embedded import EmbeddedServer, is_running
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 BIN = str(Path(sys.executable).parent)
@@ -17,6 +18,12 @@ BIN = str(Path(sys.executable).parent)
 
 def blocks(language):
     return re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+
+
+def python_block(word):
+    """The one example that has this word."""
+    (found,) = [block for block in blocks("python") if word in block]
+    return found
 
 
 def environment(embedded_dir):
@@ -42,20 +49,26 @@ def run(argv, embedded_dir, own=(), **options):
 
 def test_python_example_runs_as_it_stands(embedded_dir):
     """The ten-line example appends, folds and reads its own write."""
-    example, *_ = blocks("python")
+    example = python_block("print(receipt.seq")
     assert run([sys.executable, "-c", example], embedded_dir).split() == ["1", "fsynced", "1", "1"]
+
+
+def test_memory_example_runs_as_it_stands(embedded_dir):
+    """The memory service's example stores, reads and counts."""
+    example = python_block("get_memory_service()")
+    assert run([sys.executable, "-c", example], embedded_dir) == "{'step': 3}\n0\n"
 
 
 def test_the_policy_closes_the_loop(embedded_dir):
     """The policy reads the false negatives, lowers the threshold, and sees it in force."""
-    _, policy, _ = blocks("python")
+    policy = python_block("false_negative_rate")
     assert run([sys.executable, "-c", policy], embedded_dir).split() == ["0.7"]
     assert run([sys.executable, "-c", policy], embedded_dir).split() == ["0.6"]
 
 
 def test_projection_of_ones_own_is_folded(embedded_dir, tmp_path):
     """The fold of the README, by its import path, is folded and read."""
-    (tmp_path / "my_folds.py").write_text(blocks("python")[2])
+    (tmp_path / "my_folds.py").write_text(python_block("class DenyStreak"))
     own = {"GOVLEDGER_PROJECTIONS": "my_folds:DenyStreak", "PYTHONPATH": str(tmp_path)}
     event = '{"type":"decision.recorded","id":"d%d","agent":{"id":"a"},"action":{"type":"x"},'
     lines = "\n".join((event + '"verdict":"deny"}') % n for n in range(3))
@@ -66,12 +79,15 @@ def test_projection_of_ones_own_is_folded(embedded_dir, tmp_path):
     assert json.loads(run(state, embedded_dir, own))["value"] == {"denied": 3}
 
 
-def test_every_command_works_in_order(embedded_dir):
+def test_every_command_works_in_order(embedded_dir, tmp_path):
     """Each command line of the README exits 0 on a fresh directory."""
     lines = [line for block in blocks("bash") for line in block.splitlines() if line.strip()]
     assert len(lines) >= 8
     for line in lines:
-        run(["bash", "-c", line], embedded_dir)
+        run(["bash", "-c", line], embedded_dir, cwd=tmp_path)
+    other = tmp_path / "elsewhere"
+    if is_running(other):
+        EmbeddedServer.acquire(other).stop()
 
 
 @pytest.mark.parametrize(

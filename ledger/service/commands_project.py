@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ledger import keys
+from ledger import errors, keys
 from ledger.service import terminal
 from ledger.service.command import (
     Json,
@@ -162,13 +162,24 @@ async def _project(url: str | None, workers: int, *, until_eof: bool, as_json: b
 
 async def _project_once(url: str | None, *, as_json: bool) -> None:
     from ledger.service.operate import prepare
-    from ledger.service.render import table
     from projections import Projector
 
     async with connect(url) as ledger:
         await prepare(ledger)
-        with terminal.progress("folding", None) as advance:
-            folded = await Projector(ledger).run_once(on_progress=lambda _, count: advance(count))
+        projector = Projector(ledger)
+        try:
+            with terminal.progress("folding", None) as advance:
+                folded = await projector.run_once(on_progress=lambda _, count: advance(count))
+        except errors.LedgerError as error:
+            if isinstance(done := error.facts.pop("folded", None), dict):
+                _print_folded(done, as_json=as_json)
+            raise
+    _print_folded(folded, as_json=as_json)
+
+
+def _print_folded(folded: dict[str, int], *, as_json: bool) -> None:
+    from ledger.service.render import table
+
     if as_json:
         for name, count in folded.items():
             print_json({"tenant": name, "folded": count})

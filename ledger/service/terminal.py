@@ -26,6 +26,7 @@ from ledger import errors
 
 __all__ = [
     "EXIT_BAD_INPUT",
+    "EXIT_NEGATIVE",
     "exit_code",
     "hide_secrets",
     "print_error",
