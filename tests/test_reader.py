@@ -327,7 +327,7 @@ async def test_receipt_of_another_tenant_or_epoch_is_refused(ledger, server, ten
     async with StateReader(ledger) as reader:
         with pytest.raises(errors.InvalidInput, match="is of tenant"):
             await reader.governance(f"{tenant}-other", at_least=receipt)
-        wanted = receipt._replace(epoch="0" * 16)
+        wanted = receipt.position._replace(epoch="0" * 16)
         with pytest.raises(errors.LedgerRolledBack, match="in epoch 0000"):
             await reader.governance(tenant, at_least=wanted, timeout_s=0.05)
 
