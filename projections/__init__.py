@@ -1,6 +1,7 @@
 """What is derived from the ledger: folds, the projector that keeps them, the reader."""
 
 from projections import sync
+from projections.agents import Agents
 from projections.governance import Governance
 from projections.projection import Entities, Projection, Unfoldable
 from projections.projector import Projector
@@ -10,6 +11,7 @@ from projections.store import PublishedState
 
 __all__ = [
     "AgentState",
+    "Agents",
     "EffectiveVerdict",
     "Entities",
     "Governance",

@@ -14,14 +14,14 @@ share it. Of an 800-byte decision this takes a third of the time that a dict of 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 import msgspec
 import orjson
 from msgspec import Meta, Struct
 
-from projections.projection import Unfoldable
+from projections.projection import Projection, Unfoldable
 
 if TYPE_CHECKING:
     from ledger.stream import Entry
@@ -52,7 +52,9 @@ __all__ = [
     "Unknown",
     "WaiverGranted",
     "WaiverRevoked",
+    "names_of",
     "read",
+    "read_all",
     "subject_id",
     "unreadable",
 ]
@@ -75,6 +77,7 @@ class AgentRef(Struct, gc=False, frozen=True):
     """Who asked to act."""
 
     id: str
+    maci_role: str | None = None
 
 
 class Action(Struct, gc=False, frozen=True, kw_only=True):
@@ -96,6 +99,7 @@ class RuleHit(Struct, gc=False, frozen=True):
     """What a rule that matched meant."""
 
     effect: Literal["match", "warning", "violation"] = "match"
+    severity: str | None = None
 
 
 class Decision(Struct, gc=False, frozen=True, kw_only=True):
@@ -308,6 +312,21 @@ def read(entry: Entry) -> Any:
     return body
 
 
+def read_all(entries: Iterable[Entry]) -> None:
+    """Reads what can be read at once; the rest is left to `read`, which says why."""
+    decoders, shallow_bytes = _DECODE, _SHALLOW_BYTES
+    for entry in entries:
+        fields = entry.raw_fields
+        decode, data = decoders.get(fields[1]), fields[5]
+        if decode is None or len(data) > shallow_bytes or not fields[3].isascii():
+            continue
+        if entry.memo is None:
+            try:
+                entry.memo = decode(data)
+            except (msgspec.DecodeError, UnicodeDecodeError):
+                continue
+
+
 def _may_be_deep(data: bytes) -> bool:
     """Whether the decoder could meet the interpreter's recursion limit, which is not the data's.
 
@@ -358,3 +377,18 @@ def subject_id(entry: Entry) -> str | None:
         named = None if unreadable(entry) else entry.event.get("decision_id")
         return named if isinstance(named, str) else None
     return decision_id
+
+
+def names_of(projection: Projection, entry: Entry) -> Sequence[str]:
+    """The entities that the projection names for the entry; none where it cannot be read, which
+    the fold says by itself.
+
+    Raises:
+        Exception: what a defect in the projection raises.
+    """
+    try:
+        return projection.names(entry)
+    except Exception as error:
+        if isinstance(error, Unfoldable) or unreadable(entry) is not None:
+            return ()
+        raise

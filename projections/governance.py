@@ -41,6 +41,7 @@ class Governance:
     name = "governance"
     version = 1
     naming = FOLLOW_UPS
+    wants_subjects = True
     keeps_snapshots = True
 
     def names(self, entry: Entry) -> tuple[str, ...]:

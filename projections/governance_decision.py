@@ -6,10 +6,14 @@ from bisect import bisect_left
 from collections.abc import Callable, Container, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from projections.bodies import Decision, PolicyName
+from projections.bodies import Decision
 from projections.governance_state import (
+    COMBINATIONS_LIMIT,
+    COMBINED_POLICIES_LIMIT,
     FUTURE_LIMIT_MS,
     LATENCY_BOUNDS_MS,
+    OTHER,
+    OVERRIDDEN,
     PENDING_LIMIT,
     RECENT_LIMIT,
     VERDICT_COLUMN,
@@ -21,8 +25,15 @@ from projections.governance_state import (
     clipped,
     moment_of,
     note_late,
+    note_overflow,
+    shown_name,
 )
 from projections.windows import (
+    COLUMNS,
+    HOUR_MS,
+    HOUR_SLOTS,
+    MINUTE_MS,
+    MINUTE_SLOTS,
     MINUTES,
     SECOND_MS,
     SURELY_LIVE_MS,
@@ -35,7 +46,14 @@ from projections.windows import (
 if TYPE_CHECKING:
     from ledger.stream import Entry
 
-__all__ = ["decided_at", "decision_counter", "keep_recent"]
+__all__ = [
+    "AND",
+    "count_overridden",
+    "decided_at",
+    "decision_counter",
+    "keep_recent",
+    "policy_names",
+]
 
 _LATENCY_BOUNDS_MS: Final = tuple(map(float, LATENCY_BOUNDS_MS))  # which compare fastest
 _ESCALATE: Final = VERDICT_COLUMN["escalate"]
@@ -54,6 +72,81 @@ def decided_at(entry: Entry, body: Decision) -> Moment:
     return moment_of(entry, body)
 
 
+# -- where a decision counts ----------------------------------------------------------------------
+
+# A decision counts in the cell of its combination of impact level, action type and policies, from
+# which the view adds up each dimension. Where that has no cell, as one of its names is not kept or
+# there are too many combinations, it counts in a cell of each dimension instead. Either stays so:
+# names and combinations are kept from the first decision that has them, or never.
+
+AND: Final = "\x00"
+"""Between the policies of a combination; one whose name has it is in no combination."""
+
+
+def policy_names(body: Decision) -> list[str]:
+    """`<id>@<version>` of each policy that took part, each once."""
+    return list(dict.fromkeys(policy.id + "@" + policy.version for policy in body.policies or ()))
+
+
+def _cells_of(state: State, body: Decision, names: list[str]) -> list[list[int]]:
+    """The cells that a decision by these policies counts in, windows apart; made if need be."""
+    found = _combined_cell(state, body, names)
+    if found is not None:
+        return [found]
+    level, action = body.impact_level or "unset", body.action.type
+    cells = [state["impact_levels"][level], cell_of(state, "action_types", action)]
+    for name in names:
+        cell = cell_of(state, "policies", name)
+        if not any(cell is one for one in cells):  # `other`, for another of the policies
+            cells.append(cell)
+    if not _are_kept(state, action, names):
+        return cells
+    if state["combinations_kept"] >= COMBINATIONS_LIMIT or len(names) > COMBINED_POLICIES_LIMIT:
+        note_overflow(state, "combinations")
+        return cells
+    state["combinations_kept"] += 1
+    cell = [0] * COLUMNS
+    state["combinations"][level].setdefault(action, {})[AND.join(names)] = cell
+    return [cell]
+
+
+def _combined_cell(state: State, body: Decision, names: list[str]) -> list[int] | None:
+    by_action = state["combinations"][body.impact_level or "unset"]
+    cell: list[int] | None = by_action.get(body.action.type, {}).get(AND.join(names))
+    return cell
+
+
+def _are_kept(state: State, action: str, names: list[str]) -> bool:
+    if action == OTHER or action not in state["action_types"]:
+        return False
+    known = state["policies"]
+    return all(name != OTHER and name in known and AND not in name for name in names)
+
+
+def _counted_cells(state: State, body: Decision, names: list[str]) -> list[list[int]]:
+    """The cells in which a decision by these policies was counted."""
+    found = _combined_cell(state, body, names)
+    if found is not None:
+        return [found]
+    action = shown_name(state, "action_types", body.action.type)
+    shown = dict.fromkeys(shown_name(state, "policies", name) for name in names)
+    in_policies = [state["policies"][name] for name in shown]
+    level = state["impact_levels"][body.impact_level or "unset"]
+    return [level, state["action_types"][action], *in_policies]
+
+
+def _window_cells(state: State, names: list[str], at: Moment) -> list[list[int]]:
+    """The buckets that still count the moment, of the tenant and of the policies."""
+    newest_ms, rings = state["newest_ms"], state["policy_windows"]
+    cells = slots(state["minutes"], state["hours"], at, newest_ms)
+    for name in names:
+        if name in rings:
+            cells += slots(None, rings[name], at, newest_ms)
+    return cells
+
+
+# -- counting -------------------------------------------------------------------------------------
+
 # What the next function returns is most of what a projector does, and a call costs as much as
 # counting in two cells: so it is long, and looks up itself what others would look up for it.
 
@@ -65,9 +158,8 @@ def decision_counter(  # noqa: C901, PLR0915 - see above
 
     It raises Unfoldable where a time is none, or `at` lies ahead of the ledger's time.
     """
-    minutes, hours, levels = state["minutes"], state["hours"], state["impact_levels"]
-    actions, known, windows = state["action_types"], state["policies"], state["policy_windows"]
-    latency = state["latency"]
+    minutes, hours, windows = state["minutes"], state["hours"], state["policy_windows"]
+    combinations, latency = state["combinations"], state["latency"]
     # Of the last decision: the slots of a minute stay where they are while it counts.
     last_minute: int | None = None
     in_minute: list[int] = []
@@ -94,44 +186,42 @@ def decision_counter(  # noqa: C901, PLR0915 - see above
             if ms > state["clock_ms"] + FUTURE_LIMIT_MS:
                 advance(state, entry, ms)
             state["newest_ms"] = newest_ms = ms
-        verdict, action, policies = VERDICT_COLUMN[body.verdict], body.action.type, body.policies
-        level = levels[body.impact_level or "unset"]
-        by_action = actions.get(action)
-        if by_action is None:
-            by_action = cell_of(state, "action_types", action)
-        policy = by_policy = None
+        verdict, policies, policy = VERDICT_COLUMN[body.verdict], body.policies, ""
         if policies:
             first = policies[0]
             policy = first.id + "@" + first.version
-            if len(policies) == 1:
-                by_policy = known.get(policy)
-        if by_policy is not None and newest_ms - ms < SURELY_LIVE_MS:
-            if minute != last_minute:
-                in_minute = slot(minutes, minute_place, minute)
-                in_hour = slot(hours, hour_place, hour)
-                last_minute = minute
-            level[verdict] += 1
-            by_action[verdict] += 1
-            in_minute[verdict] += 1
-            in_hour[verdict] += 1
-            by_policy[verdict] += 1
-            of_policy = None
-            if policy in windows:
-                of_policy = slot(windows[policy], hour_place, hour)
-                of_policy[verdict] += 1
+        try:
+            cell = combinations[body.impact_level or "unset"][body.action.type][policy]
+        except KeyError:
+            cell = None
+        if cell is not None and (not policies or len(policies) == 1):
+            cell[verdict] += 1
+            if newest_ms - ms < SURELY_LIVE_MS:
+                if minute != last_minute:
+                    in_minute = slot(minutes, minute_place, minute)
+                    in_hour = slot(hours, hour_place, hour)
+                    last_minute = minute
+                in_minute[verdict] += 1
+                in_hour[verdict] += 1
+                if policy in windows:
+                    slot(windows[policy], hour_place, hour)[verdict] += 1
+            elif newest_ms // HOUR_MS - hour < HOUR_SLOTS:
+                slot(hours, hour_place, hour)[verdict] += 1
+                if newest_ms // MINUTE_MS - minute < MINUTE_SLOTS:
+                    slot(minutes, minute_place, minute)[verdict] += 1
+                if policy in windows:
+                    slot(windows[policy], hour_place, hour)[verdict] += 1
             if effects:
-                cells = [level, by_action, in_minute, in_hour, by_policy]
-                _count_effects(cells if of_policy is None else [*cells, of_policy], effects)
+                at = ms, minute, minute_place, hour, hour_place
+                _count_effects([cell, *_window_cells(state, [policy], at)], effects)
         else:
-            at = ms, minute, minute_place, hour, hour_place
-            cells = [level, by_action, *slots(minutes, hours, at, newest_ms)]
-            if policies:
-                cells += _policy_cells(state, policies, at)
-            for cell in cells:
-                cell[verdict] += 1
+            names, at = policy_names(body), (ms, minute, minute_place, hour, hour_place)
+            cells = [*_cells_of(state, body, names), *_window_cells(state, names, at)]
+            for counted in cells:
+                counted[verdict] += 1
             _count_effects(cells, effects)
         if ms < newest_ms:
-            note_late(state, ms, minute)
+            note_late(state, minute)
         if body.latency_ms is not None:
             latency[bisect_left(_LATENCY_BOUNDS_MS, body.latency_ms)] += 1
         named, constitution = body.constitutional_hash, state["constitution"]
@@ -147,6 +237,14 @@ def _count_effects(cells: list[list[int]], effects: int) -> None:
     for column in _EFFECT_COLUMNS[effects]:
         for cell in cells:
             cell[column] += 1
+
+
+def count_overridden(state: State, at: Moment, body: Decision) -> None:
+    """A decision is overridden once, in the buckets of its first override."""
+    names = policy_names(body)
+    for cell in (*_counted_cells(state, body, names), *_window_cells(state, names, at)):
+        cell[OVERRIDDEN] += 1
+    note_late(state, at[1])
 
 
 def keep_recent(state: State, entries: Sequence[Entry], refused: Container[int]) -> None:
@@ -169,19 +267,6 @@ def _row(entry: Entry, body: Decision) -> list[Any]:
         policy = body.policies[0].id + "@" + body.policies[0].version
     ms, verdict = decided_at(entry, body)[0], VERDICT_COLUMN[body.verdict]
     return [entry.seq, entry.id, ms, verdict, body.agent.id, body.action.type, policy]
-
-
-def _policy_cells(state: State, policies: list[PolicyName], at: Moment) -> list[list[int]]:
-    """For what is rare: several policies, a new one, a late decision."""
-    cells: list[list[int]] = []
-    for policy in dict.fromkeys(policy.id + "@" + policy.version for policy in policies):
-        cell = cell_of(state, "policies", policy)
-        if any(cell is one for one in cells):  # `other`, for another of the decision's policies
-            continue
-        cells.append(cell)
-        if policy in state["policy_windows"]:
-            cells += slots(None, state["policy_windows"][policy], at, state["newest_ms"])
-    return cells
 
 
 def _open_escalation(state: State, entry: Entry, body: Decision, ms: int) -> None:

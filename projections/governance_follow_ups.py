@@ -37,34 +37,29 @@ from projections.bodies import (
     Overridden,
     read,
 )
-from projections.governance_decision import decided_at
+from projections.governance_decision import count_overridden, decided_at, policy_names
 from projections.governance_state import (
     FEEDBACK,
     FUTURE_LIMIT_MS,
     NAMES_LIMIT,
-    OTHER,
-    OVERRIDDEN,
     PRECEDENTS_LIMIT,
     VERDICT_COLUMN,
     VERDICTS,
     WITH_FEEDBACK,
     State,
     advance,
-    cell_of,
     clipped,
     count_name,
     moment_of,
-    note_late,
     note_overflow,
     shown_name,
 )
 from projections.projection import DECISION_PREFIX, Entities, Unfoldable
-from projections.windows import Moment, slots
 
 if TYPE_CHECKING:
     from ledger.stream import Entry
 
-__all__ = ["fold_follow_up"]
+__all__ = ["Followed", "effective_verdict", "fold_follow_up"]
 
 Followed = dict[str, Any]
 """A decision's entity."""
@@ -91,7 +86,7 @@ _FEEDBACK_COLUMNS: Final[dict[str, dict[str | None, _Columns]]] = {
 
 
 def fold_follow_up(
-    state: State, entities: Entities, entry: Entry, body: FollowUp, subject: Entry | None
+    state: State, entities: Entities, entry: Entry, body: Any, subject: Entry | None
 ) -> None:
     """Counts what followed a decision; as an orphan where no such decision counts.
 
@@ -99,9 +94,8 @@ def fold_follow_up(
         Unfoldable: its `at` is no time or lies ahead of the ledger's, or it is a correction that
             does not say what would be correct.
     """
-    if isinstance(body, Feedback) and (
-        body.correct_verdict not in _FEEDBACK_COLUMNS[body.feedback]
-    ):
+    kind = type(body)
+    if kind is Feedback and body.correct_verdict not in _FEEDBACK_COLUMNS[body.feedback]:
         raise Unfoldable("feedback.recorded: a correction without `correct_verdict`")
     ms = moment_of(entry, body)[0]
     if ms > state["newest_ms"]:
@@ -117,13 +111,22 @@ def fold_follow_up(
         return
     name = DECISION_PREFIX + body.decision_id
     followed = entities.get(name)
-    if followed is None:
-        followed = {}
-        _COUNT[type(body)](state, decision, followed, body, entry)
-        if followed:
-            entities[name] = followed
-    else:
-        _COUNT[type(body)](state, decision, followed, body, entry)
+    if followed is not None:
+        _COUNT[kind](state, decision, followed, body, entry)
+        return
+    followed = {}
+    _COUNT[kind](state, decision, followed, body, entry)
+    if followed:
+        entities[name] = followed
+
+
+def effective_verdict(verdict: str, followed: Followed | None) -> str:
+    """What counts of a decision, given the engine's verdict and the decision's entity.
+
+    The entity is None where nothing that was folded follows the decision.
+    """
+    effective: str = (followed or {}).get("effective_verdict", verdict)
+    return effective
 
 
 def _folded(state: State, entry: Entry, subject: Entry) -> Decision | None:
@@ -140,17 +143,10 @@ def _folded(state: State, entry: Entry, subject: Entry) -> Decision | None:
         return None
 
 
-def _policy_names(state: State, decision: Decision) -> list[str]:
+def _shown_policies(state: State, decision: Decision) -> list[str]:
     """The names under which the decision's policies count, each once."""
-    known: dict[str, list[int]] = state["policies"]
-    names: list[str] = []
-    for policy in decision.policies or ():
-        name = policy.id + "@" + policy.version
-        if name not in known:
-            name = OTHER
-        if name not in names:
-            names.append(name)
-    return names
+    names = (shown_name(state, "policies", name) for name in policy_names(decision))
+    return list(dict.fromkeys(names))
 
 
 # -- votes and resolutions ------------------------------------------------------------------------
@@ -266,31 +262,12 @@ def _count_override(
     directions, direction = state["override_directions"], f"{before}→{body.to_verdict}"
     directions[direction] = directions.get(direction, 0) + 1
     count_name(state, "override_reviewers", body.reviewer)
-    names = _policy_names(state, decision)
     by_policy = state["override_policies"]
-    for name in names:
+    for name in _shown_policies(state, decision):
         by_policy[name] = by_policy.get(name, 0) + 1
     if followed["overrides"] == 1:
-        _count_overridden(state, moment_of(entry, body), decision, names)
+        count_overridden(state, moment_of(entry, body), decision)
     _keep_precedent(state, entry.seq, decision, followed, body.decision_id)
-
-
-def _count_overridden(
-    state: State, at: Moment, decision: Decision, policy_names: list[str]
-) -> None:
-    """A decision is overridden once, in the buckets of its first override."""
-    newest_ms, rings = state["newest_ms"], state["policy_windows"]
-    cells = slots(state["minutes"], state["hours"], at, newest_ms)
-    cells.append(state["impact_levels"][decision.impact_level or "unset"])
-    action = shown_name(state, "action_types", decision.action.type)
-    cells.append(cell_of(state, "action_types", action))
-    for name in policy_names:
-        cells.append(cell_of(state, "policies", name))
-        if name in rings:
-            cells += slots(None, rings[name], at, newest_ms)
-    for cell in cells:
-        cell[OVERRIDDEN] += 1
-    note_late(state, at[0], at[1])
 
 
 # -- outcomes and feedback ------------------------------------------------------------------------
@@ -328,7 +305,7 @@ def _count_feedback(
             return
         given[key] = after
     matrices, by_policy = [state["feedback"]], state["feedback_policies"]
-    for name in _policy_names(state, decision):
+    for name in _shown_policies(state, decision):
         if name not in by_policy:
             by_policy[name] = [0] * len(FEEDBACK)
         matrices.append(by_policy[name])

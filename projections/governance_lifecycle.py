@@ -56,10 +56,19 @@ def fold_lifecycle(state: State, entry: Entry, body: Body) -> None:
 
 
 def _note_policy(state: State, entry: Entry, at: Moment, change: str, policy: PolicyRef) -> None:
+    """A row of the history, with what was in force before: so what was in force at a time is
+    found by going back from now.
+    """
     state["policy_changes"] += 1
-    shown_hash = policy.hash and clipped(policy.hash)
-    row = [entry.seq, entry.recorded_ms, at[0], change, clipped(policy.id), clipped(policy.version)]
-    remember(state["policy_history"], [*row, shown_hash])
+    before = state["active_policies"].get(policy.id)
+    row = [entry.seq, entry.recorded_ms, at[0], change, clipped(policy.id)]
+    row += _shown_version(policy.version, policy.hash)
+    row += _shown_version(before["version"], before["hash"]) if before else [None, None]
+    remember(state["policy_history"], row)
+
+
+def _shown_version(version: str, policy_hash: str | None) -> list[str | None]:
+    return [clipped(version), policy_hash and clipped(policy_hash)]
 
 
 def _activate_policy(state: State, entry: Entry, at: Moment, body: PolicyActivated) -> None:

@@ -10,10 +10,10 @@ import orjson
 from projections.projection import Unfoldable
 from projections.windows import (
     COLUMNS,
+    DAY_HOURS,
     HOUR_SLOTS,
     MINUTE_MS,
     MINUTE_SLOTS,
-    SURELY_LIVE_MS,
     WINDOWS,
     Moment,
     moment,
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from projections.bodies import Body, Decision
 
 __all__ = [
+    "COMBINATIONS_LIMIT",
+    "COMBINED_POLICIES_LIMIT",
     "CONFLICTS",
     "FEEDBACK",
     "FOLLOW_UP_TYPES",
@@ -105,6 +107,9 @@ LATENCY_BOUNDS_MS: Final = (
 NAMES_LIMIT: Final = 256
 NAME_BYTES_LIMIT: Final = 128
 OTHER: Final = "other"
+COMBINATIONS_LIMIT: Final = 256
+COMBINED_POLICIES_LIMIT: Final = 4
+"""A decision by more policies than this counts in its dimensions alone."""
 RECENT_LIMIT: Final = 100
 HISTORY_LIMIT: Final = 100
 PENDING_LIMIT: Final = 1_000
@@ -127,6 +132,8 @@ def new_state() -> State:
         "impact_levels": {level: [0] * COLUMNS for level in IMPACT_LEVELS},
         "action_types": {},
         "policies": {},
+        "combinations": {level: {} for level in IMPACT_LEVELS},
+        "combinations_kept": 0,
         "effective_change": [0] * len(VERDICTS),
         "latency": [0] * (len(LATENCY_BOUNDS_MS) + 1),
         "recent": [],
@@ -265,15 +272,18 @@ def advance(state: State, entry: Entry, ms: int) -> None:
     state["newest_ms"] = ms
 
 
-def note_late(state: State, ms: int, minute: int) -> None:
+def note_late(state: State, minute: int) -> None:
     """Counts what came after its minute had passed, and the windows that it came too late for."""
-    newest_ms = state["newest_ms"]
-    if newest_ms // MINUTE_MS == minute:
+    newest_minute = state["newest_ms"] // MINUTE_MS
+    if newest_minute == minute:
         return
     late = state["late"]
     late["total"] += 1
-    if newest_ms - ms < SURELY_LIVE_MS:
+    if newest_minute - minute < MINUTE_SLOTS:
         return
-    for window, (_, bucket_ms, span) in WINDOWS.items():
-        if newest_ms // bucket_ms - ms // bucket_ms >= span:
-            late[window] += 1
+    late["1h"] += 1
+    hours = newest_minute // 60 - minute // 60
+    if hours >= DAY_HOURS:
+        late["24h"] += 1
+    if hours >= HOUR_SLOTS:
+        late["7d"] += 1

@@ -10,14 +10,17 @@ first kept, and `bounds.names_shown` says how many names a dimension shows at mo
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any, Final
 
 import orjson
 
+from projections.governance_decision import AND
 from projections.governance_state import (
+    COMBINATIONS_LIMIT,
     FEEDBACK,
+    HISTORY_LIMIT,
     IMPACT_LEVELS,
     LATENCY_BOUNDS_MS,
     NAME_BYTES_LIMIT,
@@ -25,6 +28,9 @@ from projections.governance_state import (
     NEVER_MS,
     OTHER,
     OVERRIDDEN,
+    PENDING_LIMIT,
+    POLICY_WINDOWS_LIMIT,
+    PRECEDENTS_LIMIT,
     RECENT_LIMIT,
     VERDICTS,
     VIOLATIONS,
@@ -34,15 +40,17 @@ from projections.governance_state import (
     clipped,
     new_state,
 )
-from projections.windows import BUCKET, COLUMNS, WINDOWS, Ring, live_slots, time_text
+from projections.windows import BUCKET, COLUMNS, WINDOWS, Ring, live_slots, moment, time_text
 
-__all__ = ["VIEW_BYTES_LIMIT", "view"]
+__all__ = ["VIEW_BYTES_LIMIT", "cell_view", "rate", "rates", "view"]
 
 VIEW_BYTES_LIMIT: Final = 255 * 1024
 """Of the view; the envelope round it takes what is left of 256 KiB."""
 
 _NAMES_SHOWN: Final = (NAMES_LIMIT, 128, 64, 32, 16, 8)
 _LISTED: Final = 50
+_MORE_BYTES: Final = 64
+"""By which the rest of a section may grow when more of its list fits."""
 _COLUMN_NAMES: Final = (*VERDICTS, "warnings", "violations", "overridden")
 
 View = dict[str, Any]
@@ -51,24 +59,38 @@ View = dict[str, Any]
 def view(state: State) -> View:
     """The published value of the entity `state`, which may be empty."""
     state = state or new_state()
+    state = {**state, **_dimensions(state)}
+    pending = _pending_rows(state)
     for shown in _NAMES_SHOWN:
-        value = _view(state, shown)
-        if len(orjson.dumps(value)) < VIEW_BYTES_LIMIT:
+        listed = min(_LISTED, shown)
+        value = _view(state, shown, pending[:listed])
+        left_bytes = VIEW_BYTES_LIMIT - len(orjson.dumps(value))
+        if left_bytes > 0:
             break
-    return value
+    more = _that_fit(pending[listed:], left_bytes)
+    return {**value, "escalations": _escalations(state, [*pending[:listed], *more])}
 
 
-def _view(state: State, shown: int) -> View:
+def _that_fit(rows: list[View], left_bytes: int) -> list[View]:
+    left_bytes -= _MORE_BYTES
+    for place, row in enumerate(rows):
+        left_bytes -= len(orjson.dumps(row)) + 1
+        if left_bytes < 0:
+            return rows[:place]
+    return rows
+
+
+def _view(state: State, shown: int, pending: list[View]) -> View:
     return {
         "decisions": _decisions(state, shown),
-        "rates": _rates(_total(state)),
+        "rates": rates(_total(state)),
         "windows": _tenant_windows(state),
         "policies": _policies(state, shown),
         "constitution": _constitution(state, shown),
         "thresholds": _thresholds(state, shown),
         "mode": _mode(state),
         "waivers": _waivers(state, shown),
-        "escalations": _escalations(state, shown),
+        "escalations": _escalations(state, pending),
         "overrides": _overrides(state, shown),
         "feedback": _feedback(state, shown),
         "outcomes": {"total": sum(state["outcomes"].values()), **state["outcomes"]},
@@ -84,6 +106,13 @@ def _view(state: State, shown: int) -> View:
             "names_per_dimension": NAMES_LIMIT,
             "name_bytes": NAME_BYTES_LIMIT,
             "names_shown": shown,
+            "listed": _LISTED,
+            "pending": PENDING_LIMIT,
+            "recent": RECENT_LIMIT,
+            "combinations": COMBINATIONS_LIMIT,
+            "policy_windows": POLICY_WINDOWS_LIMIT,
+            "precedents": PRECEDENTS_LIMIT,
+            "history": HISTORY_LIMIT,
             "overflowed": state["overflow"],
         },
     }
@@ -92,23 +121,26 @@ def _view(state: State, shown: int) -> View:
 # -- parts that many sections have ----------------------------------------------------------------
 
 
-def _rate(numerator: int, denominator: int) -> View:
-    rate = numerator / denominator if denominator else None
-    return {"rate": rate, "numerator": numerator, "denominator": denominator}
+def rate(numerator: int, denominator: int) -> View:
+    """A rate beside what it was made of; null over nothing."""
+    value = numerator / denominator if denominator else None
+    return {"rate": value, "numerator": numerator, "denominator": denominator}
 
 
-def _rates(cell: list[int]) -> View:
+def rates(cell: list[int]) -> View:
+    """Of the decisions that the cell counts."""
     decisions = sum(cell[: len(VERDICTS)])
     return {
-        "deny": _rate(cell[VERDICTS.index("deny")], decisions),
-        "escalate": _rate(cell[VERDICTS.index("escalate")], decisions),
-        "warning": _rate(cell[WARNINGS], decisions),
-        "violation": _rate(cell[VIOLATIONS], decisions),
-        "override": _rate(cell[OVERRIDDEN], decisions),
+        "deny": rate(cell[VERDICTS.index("deny")], decisions),
+        "escalate": rate(cell[VERDICTS.index("escalate")], decisions),
+        "warning": rate(cell[WARNINGS], decisions),
+        "violation": rate(cell[VIOLATIONS], decisions),
+        "override": rate(cell[OVERRIDDEN], decisions),
     }
 
 
-def _cell(cell: list[int]) -> View:
+def cell_view(cell: list[int]) -> View:
+    """A cell by the names of its columns."""
     decisions = sum(cell[: len(VERDICTS)])
     return {"decisions": decisions, **dict(zip(_COLUMN_NAMES, cell, strict=False))}
 
@@ -147,6 +179,55 @@ def _time(ms: int | None) -> str | None:
 # -- decisions and windows ------------------------------------------------------------------------
 
 
+def _dimensions(state: State) -> dict[str, dict[str, list[int]]]:
+    """The cells of each dimension, with what is counted by combination added up."""
+    names = ("impact_levels", "action_types", "policies")
+    levels, actions, policies = (
+        {name: list(cell) for name, cell in state[dimension].items()} for dimension in names
+    )
+    for level, action, of_policies, cell in _combinations(state):
+        _add(levels[level], cell)
+        _add(actions[action], cell)
+        for name in of_policies:
+            _add(policies[name], cell)
+    return {"impact_levels": levels, "action_types": actions, "policies": policies}
+
+
+def _combinations(state: State) -> Iterator[tuple[str, str, list[str], list[int]]]:
+    """Impact level, action type and policies of each combination that is kept, and its cell."""
+    for level, by_action in state["combinations"].items():
+        for action, by_policies in by_action.items():
+            for joined, cell in by_policies.items():
+                yield level, action, joined.split(AND) if joined else [], cell
+
+
+def _add(total: list[int], cell: list[int]) -> None:
+    for column, count in enumerate(cell):
+        total[column] += count
+
+
+def _by_combination(state: State, shown: int) -> View:
+    """A row for each policy, action type and impact level; those that count most, and the rest.
+
+    A decision by several policies counts in a row of each, one by none in a row of null.
+    """
+    rows: dict[tuple[str | None, str, str], list[int]] = {}
+    total, combined = _total(state), [0] * COLUMNS
+    for level, action, policies, cell in _combinations(state):
+        _add(combined, cell)
+        for policy in policies or (None,):
+            _add(rows.setdefault((policy, action, level), [0] * COLUMNS), cell)
+    most = sorted(rows, key=lambda row: (-sum(rows[row][: len(VERDICTS)]), row[0] or "", row[1:]))
+    other = [every - counted for every, counted in zip(total, combined, strict=True)]
+    for row in most[shown:]:
+        _add(other, rows[row])
+    return {
+        "columns": ["policy", "action_type", "impact_level", *_COLUMN_NAMES],
+        "rows": [[*row, *rows[row]] for row in most[:shown]],
+        "other": cell_view(other),
+    }
+
+
 def _decisions(state: State, shown: int) -> View:
     total = _total(state)
     verdicts = total[: len(VERDICTS)]
@@ -162,9 +243,10 @@ def _decisions(state: State, shown: int) -> View:
         "warnings": total[WARNINGS],
         "violations": total[VIOLATIONS],
         "overridden": total[OVERRIDDEN],
-        "by_impact_level": {level: _cell(levels[level]) for level in IMPACT_LEVELS},
-        "by_action_type": {name: _cell(cell) for name, cell in actions.items()},
-        "by_policy": {name: _cell(cell) for name, cell in policies.items()},
+        "by_impact_level": {level: cell_view(levels[level]) for level in IMPACT_LEVELS},
+        "by_action_type": {name: cell_view(cell) for name, cell in actions.items()},
+        "by_policy": {name: cell_view(cell) for name, cell in policies.items()},
+        "by_policy_action_impact": _by_combination(state, shown),
     }
 
 
@@ -177,8 +259,8 @@ def _windows(rings: dict[str, Ring], newest_ms: int) -> View:
         cell = _summed(live_slots(rings[ring], newest_bucket, span), COLUMNS)
         found[window] = {
             "since": time_text((newest_bucket - span + 1) * bucket_ms),
-            **_cell(cell),
-            "rates": _rates(cell),
+            **cell_view(cell),
+            "rates": rates(cell),
         }
     return found
 
@@ -239,9 +321,10 @@ def _policies(state: State, shown: int) -> View:
             "id": policy_id,
             "version": version,
             "hash": policy_hash,
+            "before": before[0] and dict(zip(("version", "hash"), before, strict=True)),
             **_when({"seq": seq, "at_ms": at_ms, "recorded_ms": recorded_ms}),
         }
-        for seq, recorded_ms, at_ms, change, policy_id, version, policy_hash in _last(
+        for seq, recorded_ms, at_ms, change, policy_id, version, policy_hash, *before in _last(
             state["policy_history"], shown
         )
     ]
@@ -308,55 +391,78 @@ def _mode(state: State) -> View:
 
 
 def _waivers(state: State, shown: int) -> View:
-    waivers = state["waivers"]
+    waivers, newest_ms = state["waivers"], state["newest_ms"]
     by_age = sorted(waivers.items(), key=lambda item: int(item[1]["seq"]))
     listed = [
         {
             "waiver_id": waiver_id,
             "scope": waiver["scope"],
             "expires_at": _time(waiver["expires_ms"]),
+            "expired": _has_expired(waiver, newest_ms),
             "seq": waiver["seq"],
             "at": time_text(waiver["at_ms"]),
         }
-        for waiver_id, waiver in by_age[: min(_LISTED, shown)]
+        for waiver_id, waiver in by_age[:shown]
     ]
     return {
         "count": len(waivers),
+        "expired": sum(_has_expired(waiver, newest_ms) for waiver in waivers.values()),
         "granted": state["waivers_granted"],
         "revoked": state["waivers_revoked"],
         "oldest": listed,
     }
 
 
+def _has_expired(waiver: View, now_ms: int) -> bool:
+    return waiver["expires_ms"] is not None and waiver["expires_ms"] <= now_ms
+
+
 # -- what followed --------------------------------------------------------------------------------
 
 
-def _escalations(state: State, shown: int) -> View:
-    pending = state["pending"]
-    by_age = sorted(pending.items(), key=lambda item: int(item[1]["seq"]))
-    oldest = [
-        {
-            "decision_id": clipped(decision_id),
-            "seq": row["seq"],
-            "at": time_text(row["at_ms"]),
-            "deadline": row["expires_at"],
-            "agent": row["agent"],
-            "action": row["action"],
-            "required_approvals": row["required_approvals"],
-            "approvals": row["approvals"],
-            "rejections": row["rejections"],
-        }
-        for decision_id, row in by_age[: min(_LISTED, shown)]
-    ]
+def _pending_rows(state: State) -> list[View]:
+    """What is listed in the state, the oldest first; age and overdue at the newest time seen."""
+    newest_ms, rows = state["newest_ms"], []
+    for decision_id, row in sorted(state["pending"].items(), key=lambda item: int(item[1]["seq"])):
+        deadline = row["expires_at"]
+        rows.append(
+            {
+                "decision_id": clipped(decision_id),
+                "seq": row["seq"],
+                "at": time_text(row["at_ms"]),
+                "age_ms": max(newest_ms - row["at_ms"], 0),
+                "deadline": deadline,
+                "overdue": deadline is not None and moment(deadline)[0] <= newest_ms,
+                "agent": row["agent"],
+                "action": row["action"],
+                "required_approvals": row["required_approvals"],
+                "approvals": row["approvals"],
+                "rejections": row["rejections"],
+            }
+        )
+    return rows
+
+
+def _escalations(state: State, listed: list[View]) -> View:
+    pending = len(state["pending"]) + state["pending_unlisted"]
     return {
         "opened": state["escalations"],
-        "pending": len(pending) + state["pending_unlisted"],
-        "unlisted": state["pending_unlisted"],
-        "unlisted_from_seq": state["pending_unlisted_from_seq"],
+        "pending": pending,
+        "overdue": sum(row["overdue"] for row in listed),
+        "unlisted": pending - len(listed),
+        "unlisted_from_seq": _first_unlisted_seq(state, len(listed)),
         "resolved": state["resolutions"],
         "votes": state["votes"],
-        "oldest": oldest,
+        "oldest": listed,
     }
+
+
+def _first_unlisted_seq(state: State, listed: int) -> int | None:
+    """From which seq the stream has to be read to find those that are pending and not listed."""
+    if listed == len(state["pending"]):
+        from_seq: int | None = state["pending_unlisted_from_seq"]
+        return from_seq
+    return sorted(int(row["seq"]) for row in state["pending"].values())[listed]
 
 
 def _overrides(state: State, shown: int) -> View:
@@ -373,8 +479,8 @@ def _matrix(matrix: list[int]) -> View:
     tp, fp, tn, fn = matrix[:4]
     return {
         **dict(zip(FEEDBACK, matrix, strict=True)),
-        "false_negative_rate": _rate(fn, fn + tp),
-        "false_positive_rate": _rate(fp, fp + tn),
+        "false_negative_rate": rate(fn, fn + tp),
+        "false_positive_rate": rate(fp, fp + tn),
     }
 
 
@@ -383,7 +489,7 @@ def _feedback(state: State, shown: int) -> View:
     decisions = sum(_total(state)[: len(VERDICTS)])
     return {
         "events": state["feedback_events"],
-        "coverage": _rate(state["feedback"][WITH_FEEDBACK], decisions),
+        "coverage": rate(state["feedback"][WITH_FEEDBACK], decisions),
         "overall": _matrix(state["feedback"]),
         "by_policy": {name: _matrix(matrix) for name, matrix in by_policy.items()},
     }

@@ -17,7 +17,15 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
 if TYPE_CHECKING:
     from ledger.stream import Entry
 
-__all__ = ["DECISION_PREFIX", "STATE", "Entities", "PageProjection", "Projection", "Unfoldable"]
+__all__ = [
+    "DECISION_PREFIX",
+    "STATE",
+    "CopiedEntities",
+    "Entities",
+    "PageProjection",
+    "Projection",
+    "Unfoldable",
+]
 
 STATE: Final = "state"
 """The entity that every entry may touch, and that is published."""
@@ -80,9 +88,23 @@ class PageProjection(Projection, Protocol):
     naming: Container[bytes]
     """The types, as they stand in the stream, of the entries for which `names` names anything."""
 
+    wants_subjects: bool
+    """Whether the decisions that entries follow are looked up; without, all subjects are None."""
+
     def apply_all(
         self, entities: Entities, entries: Sequence[Entry], subjects: Sequence[Entry | None]
     ) -> dict[int, str]:
         """What `apply` for each entry and `quarantined` for each that it refuses would do; why
         which were refused, by seq.
         """
+
+
+@runtime_checkable
+class CopiedEntities(Projection, Protocol):
+    """A projection of which more than `state` is published: entities, each under its own key."""
+
+    def entity_key(self, tenant: str, name: str) -> str | None:
+        """The key of the entity's published copy; None where it has none."""
+
+    def entity_view(self, name: str, entity: dict[str, Any]) -> dict[str, Any]:
+        """The value to publish of an entity."""

@@ -108,6 +108,11 @@ class Projector:
             raise errors.NotFound(f"no projection is called {name!r}", hint=f"there is: {known}")
         return projection
 
+    async def _folds_of(self, tenant: str) -> list[TenantFold]:
+        """Those of versions that readers take, or will."""
+        folds = [self._fold_of(tenant, projection) for projection in self.projections]
+        return [fold for fold in folds if await fold.standing() is not Standing.SUPERSEDED]
+
     # -- once ---------------------------------------------------------------------------------
 
     async def run_once(
@@ -149,12 +154,11 @@ class Projector:
         while True:
             try:
                 await self._leases.take(tenant)
-                for projection in self.projections:
-                    fold = self._fold_of(tenant, projection)
-                    if await fold.standing() is Standing.SUPERSEDED:
-                        continue
-                    folded += await self._catch_up(fold, on_progress)
-                    await fold.publish(self._ttl_seconds)
+                folds = await self._folds_of(tenant)
+                for place, fold in enumerate(folds):
+                    count = await self._catch_up(fold, on_progress, followers=folds[place + 1 :])
+                    await fold.publish(self._ttl_seconds, whole=True)
+                    folded = max(folded, count)
                 await self._leases.release([tenant])
             except errors.LeaseHeld:
                 if await self._is_folded_to(tenant, goal.seq):
@@ -169,9 +173,16 @@ class Projector:
         return all([await store.seq() >= seq for store in stores])
 
     async def _catch_up(
-        self, fold: TenantFold, on_progress: Progress | None = None, *, pages: int | None = None
+        self,
+        fold: TenantFold,
+        on_progress: Progress | None = None,
+        *,
+        pages: int | None = None,
+        followers: Sequence[TenantFold] = (),
     ) -> int:
-        """Folds up to the head, at most `pages` pages; the entries folded."""
+        """Folds up to the head, at most `pages` pages; the entries folded. The `followers` fold the
+        same pages, as far as they stand where this one does.
+        """
         folded = 0
         overtaken: errors.CommitConflict | None = None
         for _ in range(ATTEMPTS):
@@ -180,7 +191,7 @@ class Projector:
                 goal = walk.head.seq
                 async with aclosing(walk.pages()) as found:
                     async for page in found:
-                        await fold.fold_page(walk, page)
+                        await fold.fold_page(walk, page, followers)
                         folded += len(page)
                         if on_progress:
                             on_progress(fold.tenant, len(page))
@@ -268,13 +279,12 @@ class Projector:
             if self._rests(tenant):
                 return
             await self._leases.take(tenant)
-            for projection in self.projections:
-                fold = self._fold_of(tenant, projection)
-                if await fold.standing() is Standing.SUPERSEDED:
-                    continue
-                await self._catch_up(fold, pages=1)
+            folds = await self._folds_of(tenant)
+            for place, fold in enumerate(folds):
+                if not (place and fold.stands_with(folds[0])):
+                    await self._catch_up(fold, pages=1, followers=folds[place + 1 :])
                 await fold.publish(self._ttl_seconds)
-                if fold.is_behind:
+                if fold.is_behind or fold.copies_are_due:
                     self._wake([tenant])
             if self.stopped.pop(tenant, None):
                 _log.warning("tenant %s: folded again", tenant)
@@ -426,7 +436,7 @@ class Projector:
         published = await store.read_published()
         head = await self.ledger.head(live.tenant)
         ahead = published is not None and published.seq > head.seq  # nobody folded that
-        await fold.publish(self._ttl_seconds, replaces="any" if ahead else "equal")
+        await fold.publish(self._ttl_seconds, replaces="any" if ahead else "equal", whole=True)
         return folded
 
     async def _check_rollback(self, live: TenantFold) -> None:

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from ledger.errors import InvalidSetting
 from ledger.settings import Settings
+from projections.agents import Agents
 from projections.governance import Governance
 from projections.projection import Projection
 
@@ -23,7 +24,7 @@ def configured(settings: Settings) -> tuple[Projection, ...]:
     Raises:
         InvalidSetting: an import path leads nowhere, or to what is no projection.
     """
-    found: list[Projection] = [Governance()]
+    found: list[Projection] = [Governance(), Agents()]
     for path in settings.govledger_projections.split(","):
         if path.strip():
             one = _loaded(path.strip())

@@ -18,6 +18,7 @@ from msgspec import Struct, field
 from msgspec.structs import force_setattr
 
 from ledger.stream import Head, Position
+from projections.governance_now import ActiveAt, active_at
 from projections.windows import HOUR_MS, MINUTE_MS
 
 __all__ = [
@@ -185,6 +186,14 @@ def _window(
     )
 
 
+class Combinations(_Section, frozen=True):
+    """Decisions by policy, action type and impact level together: `columns` names the cells."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str | int | None, ...], ...]
+    other: Cell
+
+
 class Decisions(_Names, frozen=True):
     """All decisions; `by_effective_verdict` is after resolutions and overrides."""
 
@@ -197,6 +206,7 @@ class Decisions(_Names, frozen=True):
     by_impact_level: Mapping[str, Cell]
     by_action_type: Mapping[str, Cell]
     by_policy: Mapping[str, Cell]
+    by_policy_action_impact: Combinations
 
 
 class Latency(_Section, frozen=True):
@@ -236,13 +246,21 @@ class ActivePolicy(_When, frozen=True):
     windows: PolicyWindows | None
 
 
+class PolicyVersion(_Section, frozen=True):
+    """A version of a policy, and its hash where it was given."""
+
+    version: str
+    hash: str | None
+
+
 class PolicyChange(_When, frozen=True):
-    """`change`: activated or deactivated."""
+    """`change`: activated or deactivated; `before`: what was in force until then."""
 
     change: str
     id: str
     version: str
     hash: str | None
+    before: PolicyVersion | None
 
 
 class Policies(_Names, frozen=True):
@@ -309,16 +327,20 @@ class Waiver(_Section, frozen=True):
     waiver_id: str
     scope: str
     expires_at: datetime | None
+    expired: bool
     seq: int
     at: datetime
 
 
 class Waivers(_Section, frozen=True):
-    """Waivers that were not revoked; no clock has looked at when they expire: `active` does."""
+    """Waivers that were not revoked; what has expired is so at the newest time seen, and `active`
+    looks at a clock.
+    """
 
     count: int
     granted: int
     revoked: int
+    expired: int
     oldest: tuple[Waiver, ...]
 
     def active(self, now: datetime | None = None) -> tuple[Waiver, ...]:
@@ -349,7 +371,7 @@ class Votes(_Section, frozen=True):
 
 
 class Escalation(_Section, frozen=True):
-    """A pending escalation."""
+    """A pending escalation; `age_ms` and `overdue` are those at the newest time seen."""
 
     decision_id: str
     seq: int
@@ -360,20 +382,25 @@ class Escalation(_Section, frozen=True):
     required_approvals: int | None
     approvals: int
     rejections: int
+    age_ms: int
+    overdue: bool
 
 
 class Escalations(_Section, frozen=True):
-    """Escalations; the `oldest` pending ones are listed."""
+    """Escalations; the `oldest` pending ones are listed, and those of them counted that are
+    `overdue` at the newest time seen.
+    """
 
     opened: int
     pending: int
+    overdue: int
     unlisted: int
     unlisted_from_seq: int | None
     resolved: Resolutions
     votes: Votes
     oldest: tuple[Escalation, ...]
 
-    def overdue(self, now: datetime | None = None) -> tuple[Escalation, ...]:
+    def overdue_at(self, now: datetime | None = None) -> tuple[Escalation, ...]:
         """Those of the listed whose deadline is before `now` (default: this machine's clock)."""
         moment = datetime.now(UTC) if now is None else now
         return tuple(e for e in self.oldest if e.deadline is not None and e.deadline <= moment)
@@ -465,6 +492,13 @@ class Bounds(_Names, frozen=True):
     names_per_dimension: int
     name_bytes: int
     names_shown: int
+    listed: int
+    pending: int
+    recent: int
+    combinations: int
+    policy_windows: int
+    precedents: int
+    history: int
     overflowed: Mapping[str, int]
 
 
@@ -535,6 +569,15 @@ class GovernanceState(State, frozen=True, kw_only=True):
     recent: tuple[RecentDecision, ...]
     counts: Counts
     bounds: Bounds
+
+    def active_at(self, at: datetime) -> ActiveAt:
+        """The policies and the constitution that were in force at a recorded time.
+
+        Raises:
+            NotFound: the published history does not reach back so far: `as_of` does.
+        """
+        parts = {"policies": self.policies, "constitution": self.constitution}
+        return active_at(msgspec.to_builtins(parts), at)
 
 
 class AgentCounts(_Names, frozen=True):

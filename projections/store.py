@@ -25,7 +25,7 @@ from zlib import crc32
 import orjson
 
 from ledger import errors, keys
-from ledger.server import Server, pack
+from ledger.server import LIBRARY_VERSION, Server, pack
 from ledger.stream import Head, Position, read_head, split_id
 from projections.lease import LEASE_MS, lease_held, worker_name
 from projections.projection import STATE, Entities, Projection
@@ -53,6 +53,7 @@ _log = logging.getLogger("ledger")
 Replaces = Literal["older", "equal", "pinned", "any"]
 """Which published copy may be replaced beside one that is older: one of the same seq, or of a later
 version than the one that a command pinned."""
+COPIES: Final = "copies"
 
 
 class Committed(NamedTuple):
@@ -314,25 +315,28 @@ class FoldStore:
         """
         position = committed.position
         assert position is not None
-        args: list[bytes | str | int] = [
-            encode_entity(self.projection.view(state)),
-            iso_ms(time.time_ns() // 1_000_000),
-            position.epoch,
-            position.seq,
-            self.projection.version,
-            self._metadata(position, stopped),
-            ttl_seconds,
-        ]
-        on = [self._published]
-        answer = await self._server.function("govledger_publish", on, *args, replaces)
+        value = encode_entity(self.projection.view(state))
+        args = self._publish_args(value, position, ttl_seconds, stopped)
+        return await self._publish(self._published, args, position, replaces)
+
+    def _publish_args(
+        self, value: bytes, position: Position, ttl_seconds: int, stopped: str | None
+    ) -> list[bytes | str | int]:
+        now, version = iso_ms(time.time_ns() // 1_000_000), self.projection.version
+        metadata = self._metadata(position, stopped)
+        return [value, now, position.epoch, position.seq, version, metadata, ttl_seconds]
+
+    async def _publish(
+        self, key: str, args: list[bytes | str | int], position: Position, replaces: Replaces
+    ) -> bool:
+        answer = await self._server.function("govledger_publish", [key], *args, replaces)
         if answer == _OTHER_EPOCH:
             head = await read_head(self._server, self.tenant)
             if head.epoch == position.epoch:
-                answer = await self._server.function("govledger_publish", on, *args, "any")
+                answer = await self._server.function("govledger_publish", [key], *args, "any")
         if answer == _NOBODY_TOLD:
             _log.debug(
-                "readers are not told of %s, and notice it later: grant the ACL's &%s",
-                *(self._published, self._published),
+                "readers are not told of %s, and notice it later: grant the ACL's &%s", key, key
             )
         return bool(answer in (_PUBLISHED, _NOBODY_TOLD))
 
@@ -345,6 +349,56 @@ class FoldStore:
             "version": self.projection.version,
         }
         return orjson.dumps(about | ({STOPPED: stopped} if stopped else {}))
+
+    # -- entities' copies ---------------------------------------------------------------------
+
+    async def publish_entities(
+        self,
+        committed: Committed,
+        values: Mapping[str, Mapping[str, Any]],
+        ttl_seconds: int,
+        replaces: Replaces,
+    ) -> None:
+        """Puts copies of entities, by their keys, in one round trip; later ones stay."""
+        position, name = committed.position, "govledger_publish"
+        assert position is not None
+        encoded = {key: encode_entity(value) for key, value in values.items()}
+        args = {
+            key: self._publish_args(value, position, ttl_seconds, None)
+            for key, value in encoded.items()
+        }
+        packed = [
+            (key, pack("FCALL", name, 1, key, LIBRARY_VERSION, *args[key], replaces))
+            for key in encoded
+        ]
+        replies = await self._server.exchange_each(packed)
+        for key, reply in zip(encoded, replies, strict=True):
+            # Such as a node without the library, or the copy of another epoch: one by one.
+            if isinstance(reply, Exception) or reply == _OTHER_EPOCH:
+                await self._publish(key, args[key], position, replaces)
+
+    async def copies_mark(self, committed: Committed) -> int:
+        """Up to which seq every entity's copy is up to date."""
+        raw = await self._server.command(self._live, "HGET", self._live, COPIES)
+        build, _, seq = (raw or b"").decode(errors="replace").partition(" ")
+        return int(seq) if build == committed.build and seq.isdecimal() else 0
+
+    async def mark_copies(self, committed: Committed, seq: int) -> None:
+        """Says so: of this build, as those of another have other copies."""
+        mark = f"{committed.build} {seq}"
+        await self._server.command(self._live, "HSET", self._live, COPIES, mark)
+
+    async def read_entity(self, name: str) -> tuple[Position | None, dict[str, Any] | None]:
+        """A committed entity, None where there is none, and a position that it is not older than;
+        None where nothing is committed.
+        """
+        key = self._key if name == STATE else self._bucket(name)
+        packed = [pack("HGET", self._key, "position"), pack("HGET", key, name)]
+        replies = await self._server.exchange(self._key, packed, len(packed))
+        position, entity = [self._server.checked(reply) for reply in replies]
+        if position is None:
+            return None, None
+        return Position.parse(position.decode()), orjson.loads(entity) if entity else None
 
     async def discard(self) -> None:
         """Deletes everything that this store has committed."""

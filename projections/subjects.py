@@ -64,27 +64,24 @@ class Subjects:
         self._touched[key] = found
         return found, False
 
-    async def look_ahead(self, entries: Iterable[Entry]) -> set[str]:
-        """Looks up what the walk's next entries follow and what is not at hand; the ids of the
-        decisions among them, and before them, that have no follow-up yet.
+    async def look_ahead(self, entries: Iterable[Entry]) -> None:
+        """Looks up the decisions that the walk's next entries follow and that are not at hand.
 
         Raises:
             EntriesMissing, IndexBehind, Unavailable: as `Ledger.get`.
         """
-        met, untouched, unmet = set[str](), set[str](), dict[str, None]()
+        met, unmet = set[bytes](), dict[str, None]()
         for entry in entries:
             if entry.raw_fields[1] == DECISION:
-                met.add(entry.id)
+                met.add(entry.raw_fields[3])
             elif (decision_id := subject_id(entry)) is not None:
-                if decision_id in met or decision_id.encode() in self.untouched:
-                    untouched.add(decision_id)
-                elif decision_id.encode() not in self._touched:
+                key = decision_id.encode()
+                if not (key in met or key in self.untouched or key in self._touched):
                     unmet[decision_id] = None
         self._looked_up |= dict.fromkeys(decision_id.encode() for decision_id in unmet)
         for found in await find_many(self._server, self._tenant, list(unmet)):
             if found.raw_fields[1] == DECISION:
                 self._looked_up[found.raw_fields[3]] = found
-        return untouched
 
 
 def latest(kept: dict[_Key, _Value], limit: int) -> dict[_Key, _Value]:

@@ -10,11 +10,13 @@ from typing import Any, Final, NamedTuple
 
 from ledger import errors
 from ledger.server import Server
-from ledger.stream import Entry, Walk
-from projections.bodies import DECISION, FOLLOW_UPS, unreadable
+from ledger.stream import Entry, Position, Walk
+from projections.bodies import DECISION, FOLLOW_UPS, names_of, read_all, unreadable
+from projections.copies import EntityCopies
 from projections.projection import (
     DECISION_PREFIX,
     STATE,
+    CopiedEntities,
     Entities,
     PageProjection,
     Projection,
@@ -58,14 +60,20 @@ class TenantFold:
         self.tenant = tenant
         self.projection = projection
         self._naming: Container[bytes] | None = None
+        self._wants_subjects = True
         self._apply_all: _ApplyAll = partial(_apply_each, projection)
         if isinstance(projection, PageProjection):
             self._naming, self._apply_all = projection.naming, projection.apply_all
+            self._wants_subjects = projection.wants_subjects
+        self._copies: EntityCopies | None = None
+        if isinstance(projection, CopiedEntities):
+            self._copies = EntityCopies(server, tenant, projection, store)
         self.store = store
         self.committed: Committed | None = None
         self.published_at = 0.0
         self._standing: tuple[Standing, float] | None = None
         self._left: Committed | None = None
+        self._head_seq = 0
         self._marked: str | None = None
         self._server = server
         self._walk: Walk | None = None
@@ -85,7 +93,18 @@ class TenantFold:
     @property
     def is_behind(self) -> bool:
         """Whether the head that was last seen is past what is folded."""
-        return self._walk is not None and self.seq < self._walk.head.seq
+        return self.seq < self._head_seq
+
+    @property
+    def copies_are_due(self) -> bool:
+        """Whether copies of entities are still to be published."""
+        return self._copies is not None and self._copies.are_due
+
+    def stands_with(self, other: TenantFold) -> bool:
+        """Whether both have committed the same entries."""
+        if self.committed is None or other.committed is None:
+            return False
+        return self.committed.position == other.committed.position
 
     def forget(self) -> None:
         """Drops what is in memory: the next fold begins from what is committed."""
@@ -104,12 +123,10 @@ class TenantFold:
         Raises:
             LedgerRolledBack: the ledger is behind, or other than, what is committed.
         """
-        if self._walk is None or self.committed is None:
-            self.committed, state = await self.store.committed()
-            self._left, self._marked = self.committed, self.committed.stopped
-            self._entities.clear()
-            if state:
-                self._entities[STATE] = state
+        if self.committed is None:
+            await self._load()
+            assert self.committed is not None
+        if self._walk is None:
             walk = Walk(self._server, self.tenant)
             if self.committed.position:
                 await walk.start_at(self.committed.position)
@@ -118,13 +135,60 @@ class TenantFold:
             self._walk = walk
         else:
             await self._walk.refresh()
+        self._head_seq = self._walk.head.seq
         return self._walk
 
-    async def fold_page(self, walk: Walk, page: Sequence[Entry]) -> None:
-        """Folds a page and commits it; on any error memory is dropped, and nothing is half done."""
+    async def _load(self) -> None:
+        self.forget()
+        self.committed, state = await self.store.committed()
+        self._left, self._marked = self.committed, self.committed.stopped
+        if state:
+            self._entities[STATE] = state
+        if self._copies is not None:
+            self._copies.begin(self.seq)
+
+    async def fold_page(
+        self, walk: Walk, page: Sequence[Entry], followers: Sequence[TenantFold] = ()
+    ) -> None:
+        """Folds a page and commits it; on any error memory is dropped, and nothing is half done.
+
+        `followers`, other folds of the tenant that stand where this one stood, fold the page too:
+        it is read and decoded once for all.
+        """
+        before = self.committed and self.committed.position
         try:
+            await self._fold_page(walk, page)
+            for follower in followers:
+                await follower.follow(walk, page, before)
+        finally:
+            _drop_bodies(page)
+
+    async def follow(self, walk: Walk, page: Sequence[Entry], before: Position | None) -> None:
+        """Folds a page that begins behind `before` and that another fold has read.
+
+        Where this one stands elsewhere, or that fails, its own walk comes to it, and says why.
+        """
+        try:
+            if self.committed is None:
+                await self._load()
+            self._head_seq = walk.head.seq
+            if self.committed is not None and self.committed.position == before:
+                await self._fold_page(walk, page)
+                self._walk = None
+        except Exception as error:  # noqa: BLE001 - its own walk meets it again, and raises it
+            _log.debug("tenant %s: %s: %s", self.tenant, self.projection.name, error)
+            self.forget()
+
+    async def _fold_page(self, walk: Walk, page: Sequence[Entry]) -> None:
+        try:
+            if page[0].seq != self.seq + 1:
+                raise errors.CommitConflict(  # noqa: TRY301 - so that memory is dropped here too
+                    f"tenant {self.tenant}: {self.projection.name} is folded to seq {self.seq}, "
+                    f"so it cannot fold a page that begins with seq {page[0].seq}",
+                    hint="the next fold goes on from what is committed",
+                )
             own = [entry for entry in page if not entry.foreign]
-            changed, quarantined = await self.apply(own)
+            changed, quarantined = await self._apply(own)
             if self.committed is None:
                 raise errors.CommitConflict(  # noqa: TRY301 - so that memory is dropped here too
                     f"tenant {self.tenant}: {self.projection.name} was rebuilt meanwhile",
@@ -133,6 +197,8 @@ class TenantFold:
             self.committed = await self.store.commit(
                 self.committed, walk.position, changed, quarantined
             )
+            if self._copies is not None:
+                self._copies.note(changed, self.seq)
         except BaseException:
             self.forget()
             raise
@@ -141,66 +207,75 @@ class TenantFold:
         self, entries: Sequence[Entry]
     ) -> tuple[dict[str, dict[str, Any]], dict[int, str]]:
         """Folds entries of ours in memory; what changed, and why which of them were refused."""
+        try:
+            return await self._apply(entries)
+        finally:
+            _drop_bodies(entries)
+
+    async def _apply(
+        self, entries: Sequence[Entry]
+    ) -> tuple[dict[str, dict[str, Any]], dict[int, str]]:
         needs, entities = await self._gather(entries), self._entities
         refused = self._apply_all(entities, entries, needs.subjects) if entries else {}
         for seq, reason in refused.items():
             self._name_quarantined(seq, reason)
         self._check_orphans(needs)
         changed = {name: entities[name] for name in needs.names if name in entities}
-        self._trim(entries)
+        self._trim()
         return changed, refused
 
-    async def _gather(self, entries: Sequence[Entry]) -> _Needs:  # noqa: C901 - one loop, for speed
-        """Waits only where something is not at hand: then what all the rest need is read at once.
+    async def _gather(self, entries: Sequence[Entry]) -> _Needs:
+        """Sees to it that what the page needs is at hand, as far as it exists.
 
         An entity is not looked for where it cannot exist: of a decision that has no follow-up yet.
         """
-        entities, subjects, naming = self._entities, self._subjects, self._naming
-        needs, absent = _Needs([], {STATE: None}, set()), set[str]()
-        for entry in entries:
-            fields, subject, first = entry.raw_fields, None, False
-            kind = fields[1]
-            if kind == DECISION:
-                subjects.untouched[fields[3]] = entry
-            elif kind in FOLLOW_UPS:
-                found = subjects.of(entry)
-                if found is None:
-                    absent |= await self._look_ahead(entries, entry)
-                    found = subjects.of(entry)
-                    assert found is not None
-                subject, first = found
-            needs.subjects.append(subject)
-            if naming is not None and kind not in naming:
+        subjects: list[Entry | None] = [None] * len(entries)
+        first = set[int]()
+        if self._wants_subjects:
+            subjects, first = await self._subjects_of(entries)
+        needs, sought, naming = _Needs(subjects, {STATE: None}, set()), list[str](), self._naming
+        for entry, subject in zip(entries, subjects, strict=True):
+            if naming is not None and entry.raw_fields[1] not in naming:
                 continue
-            for name in self._names(entry):
+            for name in names_of(self.projection, entry):
                 if name in needs.names:
                     continue
                 needs.names[name] = None
-                if name in entities or name in absent:
+                if name in self._entities:
                     continue
-                if not name.startswith(DECISION_PREFIX) or not (first or subject is None):
-                    absent |= await self._look_ahead(entries, entry)
-                elif subject is None:
+                of_decision = name.startswith(DECISION_PREFIX)
+                if of_decision and subject is None:
                     needs.orphans.add(name)
+                elif not of_decision or entry.seq not in first:
+                    sought.append(name)
+        if sought:
+            self._entities.update(await self.store.load(sought))
         return needs
 
-    def _names(self, entry: Entry) -> Sequence[str]:
-        try:
-            return self.projection.names(entry)
-        except Exception as error:
-            if isinstance(error, Unfoldable) or unreadable(entry) is not None:
-                return ()  # `apply` raises it too
-            raise
+    async def _subjects_of(self, entries: Sequence[Entry]) -> tuple[list[Entry | None], set[int]]:
+        """For each entry the decision that it follows, recorded before it, and None for most; the
+        seqs of those that are the first to follow theirs.
 
-    async def _look_ahead(self, page: Sequence[Entry], at: Entry) -> set[str]:
-        """Reads what the rest of a page needs and what is not at hand; what exists nowhere."""
-        entries = page[page.index(at) :]
-        untouched = await self._subjects.look_ahead(entries)
-        new = {DECISION_PREFIX + decision_id for decision_id in untouched}
-        named = {name for entry in entries for name in self._names(entry)}
-        missing = named - new - self._entities.keys()
-        self._entities.update(await self.store.load(missing))
-        return missing - self._entities.keys()
+        Waits only where a decision is not at hand: then all that the rest need are read at once.
+        """
+        read_all(entries)
+        kept, first = self._subjects, set[int]()
+        subjects: list[Entry | None] = []
+        for place, entry in enumerate(entries):
+            fields, subject = entry.raw_fields, None
+            if fields[1] == DECISION:
+                kept.untouched[fields[3]] = entry
+            elif fields[1] in FOLLOW_UPS:
+                found = kept.of(entry)
+                if found is None:
+                    await kept.look_ahead(entries[place:])
+                    found = kept.of(entry)
+                    assert found is not None
+                subject, is_first = found
+                if is_first:
+                    first.add(entry.seq)
+            subjects.append(subject)
+        return subjects, first
 
     def _check_orphans(self, needs: _Needs) -> None:
         made = needs.orphans & self._entities.keys()
@@ -214,10 +289,8 @@ class TenantFold:
         fold = f"{self.projection.name}@{self.projection.version}"
         _log.warning("tenant %s: %s cannot fold seq %d: %s", self.tenant, fold, seq, reason)
 
-    def _trim(self, page: Sequence[Entry]) -> None:
+    def _trim(self) -> None:
         """Bounds memory; what is dropped is in Redis."""
-        for entry in page:
-            entry.memo = None
         self._subjects.trim()
         state = self._entities.get(STATE)
         self._entities = latest(self._entities, ENTITIES_KEPT)
@@ -231,9 +304,12 @@ class TenantFold:
             self._standing = await self.store.standing(), now
         return self._standing[0]
 
-    async def publish(self, ttl_seconds: int, *, replaces: Replaces = "older") -> None:
-        """Puts the copy that readers take, if this is the version that they take. A newer one
-        takes over here, when it has caught up; the first one at once.
+    async def publish(
+        self, ttl_seconds: int, *, replaces: Replaces = "older", whole: bool = False
+    ) -> None:
+        """Puts the copies that readers take, if this is the version that they take; of entities'
+        copies a thousand, or the `whole`. A newer version takes over here, when it has caught up;
+        the first one at once.
         """
         if self.committed is None or self.committed.position is None:
             return
@@ -243,6 +319,10 @@ class TenantFold:
         if standing is Standing.PINNED and replaces == "older":
             replaces = "pinned"
         await self.store.publish(self.committed, self.state, ttl_seconds, replaces=replaces)
+        while self._copies is not None and self._copies.are_due:
+            await self._copies.publish(self.committed, self._entities, ttl_seconds, replaces)
+            if not whole:
+                break
         if standing is Standing.NEXT or not self.published_at:
             await self.store.activate()
             self._standing = None
@@ -266,6 +346,12 @@ class TenantFold:
                 committed, state, ttl_seconds, replaces="equal", stopped=reason
             )
         self._marked = reason
+
+
+def _drop_bodies(entries: Sequence[Entry]) -> None:
+    """What is kept of entries is their bytes."""
+    for entry in entries:
+        entry.memo = None
 
 
 def _apply_each(

@@ -18,6 +18,7 @@ from projections.projection import Unfoldable
 __all__ = [
     "BUCKET",
     "COLUMNS",
+    "DAY_HOURS",
     "HOUR_MS",
     "HOUR_SLOTS",
     "MINUTES",
@@ -40,7 +41,8 @@ __all__ = [
 MINUTE_MS: Final = 60_000
 HOUR_MS: Final = 3_600_000
 MINUTE_SLOTS: Final = 60
-HOUR_SLOTS: Final = 7 * 24
+DAY_HOURS: Final = 24
+HOUR_SLOTS: Final = 7 * DAY_HOURS
 
 COLUMNS: Final = 9
 """Of a bucket and of a counter cell: six verdicts, then warnings, violations, overridden."""
@@ -49,8 +51,8 @@ BUCKET: Final = COLUMNS
 """A slot's last column: the number of the bucket that it counts now."""
 
 WINDOWS: Final = {
-    "1h": ("minutes", MINUTE_MS, 60),
-    "24h": ("hours", HOUR_MS, 24),
+    "1h": ("minutes", MINUTE_MS, MINUTE_SLOTS),
+    "24h": ("hours", HOUR_MS, DAY_HOURS),
     "7d": ("hours", HOUR_MS, HOUR_SLOTS),
 }
 """By window: the ring that it is read from, the length of a bucket in ms, and how many it spans."""

@@ -23,6 +23,7 @@ NOON_MS = 1_793_620_800_000  # 2026-11-02T12:00:00Z
 MINUTE_MS = 60_000
 DECISION = "decision.recorded"
 FOLLOW_UPS = [kind for kind, body in BODIES.items() if issubclass(body, FollowUp)]
+FOLLOW_UPS_RAW = {kind.encode() for kind in FOLLOW_UPS}
 GOVERNANCE = Governance()
 FIXTURES = Path(__file__).parent / "fixtures" / "events-v1.jsonl"
 
@@ -72,10 +73,27 @@ class Fold:
             self.flush()
         return self.refused.get(entry.seq)
 
+    def add_page(self, entries):
+        """Folds entries at once, as the projector does."""
+        self.flush()
+        names, subjects = {"state"}, []
+        for entry in entries:
+            names.update(GOVERNANCE.names(entry) if entry.raw_fields[1] in FOLLOW_UPS_RAW else ())
+            subjects.append(self.subjects.get(subject_id(entry)))
+            if entry.type == DECISION:
+                self.subjects[entry.id] = entry
+        known = names & self.stored.keys()
+        self._entities = {name: orjson.loads(self.stored[name]) for name in known}
+        self.refused |= GOVERNANCE.apply_all(self._entities, entries, subjects)
+        assert self._entities.keys() <= names
+        self.flush()
+
     def flush(self):
         self.stored |= dumped(self._entities)
         self._entities = {}
         self._in_chunk = 0
+        for subject in self.subjects.values():
+            subject.memo = None
 
     @property
     def state(self):
@@ -163,6 +181,54 @@ def test_decision_counts_in_each_dimension_once():
     assert decisions["by_action_type"]["mail.send"]["decisions"] == 3
     assert decisions["by_policy"]["p@1"]["deny"] == 2
     assert decisions["by_policy"]["q@2"]["deny"] == 1
+
+
+def test_decision_counts_by_policy_action_and_impact_together():
+    """A decision counts in one row for each of its policies, and by none in a row of null."""
+    table = folded(
+        decision("1", "deny", impact_level="high", policies=[policy("p@1"), policy("q@2")]),
+        decision("2", "deny", impact_level="high", policies=[policy("p@1"), policy("q@2")]),
+        decision("3", impact_level="high", policies=[policy("p@1")]),
+        decision("4", policies=[]),
+    ).view["decisions"]["by_policy_action_impact"]
+    rows = {tuple(row[:3]): row[3:5] for row in table["rows"]}
+    assert rows == {
+        ("p@1", "mail.send", "high"): [1, 2],
+        ("q@2", "mail.send", "high"): [0, 2],
+        (None, "mail.send", "unset"): [1, 0],
+    }
+    assert table["columns"][:5] == ["policy", "action_type", "impact_level", "allow", "deny"]
+    assert table["other"]["decisions"] == 0
+
+
+def test_combinations_are_bounded_and_dimensions_stay_exact():
+    """Beyond 256 combinations decisions count as other there, and exactly in each dimension."""
+    events = [
+        decision(f"{n}-{m}", "deny", action={"type": f"a{n}"}, policies=[policy(f"p{m}@1")])
+        for n in range(20)
+        for m in range(15)
+    ]
+    fold = folded(*events, *events[:5])
+    view = fold.view
+    table = view["decisions"]["by_policy_action_impact"]
+    assert len(table["rows"]) == 256
+    assert table["other"]["deny"] == 300 - 256
+    assert view["bounds"]["overflowed"] == {"combinations": 300 - 256}
+    assert {cell["deny"] for cell in view["decisions"]["by_policy"].values()} == {20, 21}
+    assert view["decisions"]["by_action_type"]["a0"]["deny"] == 20
+    assert view["decisions"]["by_action_type"]["a19"]["deny"] == 15
+
+
+def test_names_that_could_be_mistaken_for_several_policies_count_apart():
+    """A policy whose name holds what stands between policies is itself, and no combination."""
+    odd = {"id": "p@1\x00q", "version": "2"}
+    table = folded(
+        decision("1", policies=[odd]), decision("2", policies=[policy("p@1"), policy("q@2")])
+    ).view["decisions"]
+    assert {name: cell["decisions"] for name, cell in table["by_policy"].items()} == {
+        "p@1\x00q@2": 1, "p@1": 1, "q@2": 1,
+    }  # fmt: skip
+    assert table["by_policy_action_impact"]["other"]["decisions"] == 1
 
 
 def test_rates_show_numerator_and_denominator():
@@ -286,6 +352,8 @@ def test_buckets_add_up_to_windows():
         ("2026-11-02T12:00:00Z", NOON_MS),
         ("2026-11-02T11:59:59.123456Z", NOON_MS - 877),
         ("2026-11-02T11:59:59.9Z", NOON_MS - 100),
+        ("2026-11-02T11:00:00Z", NOON_MS - 60 * MINUTE_MS),
+        ("0001-01-01T00:00:00Z", -62_135_596_800_000),
         ("1969-12-31T23:59:59.999Z", -1),
         (None, NOON_MS),
     ],
@@ -301,6 +369,8 @@ def test_at_is_read_to_the_millisecond(text, ms):
     [
         *("", "now", "2026-11-02", "2026-11-02T12:00Z", "2026-11-02T12:00:00", 17, True, [], {}),
         *("2026-13-02T12:00:00Z", "2026-11-02T12:00:60Z", "2026-11-02T12:00:00+00:00"),
+        *("2026-11-02T24:00:00Z", "2026-11-02T12:60:00Z", "0000-11-02T12:00:00Z"),
+        *("2026-11-02T12:00:60.5Z", "2026-11-02T12:00:0.5Z", "2026-11-02T12:00:5Z"),
         *("2026-11-02T12:00:00.Z", "2026-11-02T12:00:00.1234567890Z", "2026-11-02t12:00:00z"),
         *("2026-11-02T12:00:00Z\n", "٢٠٢٦-11-02T12:00:00Z", "2026-11-02T12:00:00.٣Z"),
     ],
@@ -483,6 +553,37 @@ def test_resolution_sets_the_effective_verdict(resolution, verdict):
     assert decisions["by_verdict"]["escalate"] == 1
 
 
+def test_pending_shows_its_age_and_what_is_overdue():
+    """Age and overdue are those at the newest time seen; what has no deadline is never overdue."""
+    fold = folded(
+        decision("early", "escalate", at=at(0), expires_at=at(10)),
+        decision("late", "escalate", at=at(5), expires_at=at(11)),
+        decision("open", "escalate", at=at(9)),
+        decision("now", at=at(10)),
+        recorded_ms=NOON_MS + 20 * MINUTE_MS,
+    )
+    escalations = fold.view["escalations"]
+    assert [
+        (row["decision_id"], row["age_ms"], row["overdue"]) for row in escalations["oldest"]
+    ] == [
+        ("early", 10 * MINUTE_MS, True),
+        ("late", 5 * MINUTE_MS, False),
+        ("open", MINUTE_MS, False),
+    ]
+    assert escalations["overdue"] == 1
+
+
+def test_pending_that_does_not_fit_is_said():
+    """Of a thousand with long names as many are listed as fit, the oldest; the rest are counted."""
+    fold = folded(*(decision(f"{n:04}{'x' * 120}", "escalate") for n in range(1_200)))
+    escalations = fold.view["escalations"]
+    listed = len(escalations["oldest"])
+    assert 300 < listed < 1_000
+    assert escalations["unlisted"] == 1_200 - listed
+    assert escalations["unlisted_from_seq"] == listed + 1
+    assert [row["seq"] for row in escalations["oldest"]] == list(range(1, listed + 1))
+
+
 def test_resolution_of_what_is_not_pending_conflicts():
     """A second resolution, or one of a decision that was not escalated, changes nothing."""
     fold = folded(
@@ -534,7 +635,7 @@ def test_list_of_pending_is_bounded_and_its_overflow_closes():
     escalations = fold.view["escalations"]
     assert (escalations["pending"], escalations["unlisted"]) == (1_003, 3)
     assert escalations["unlisted_from_seq"] == 1_001
-    assert [row["decision_id"] for row in escalations["oldest"]] == [f"e{n}" for n in range(50)]
+    assert [row["decision_id"] for row in escalations["oldest"]] == [f"e{n}" for n in range(1_000)]
     fold.add(follow_up("escalation.resolved", "e0", resolution="rejected"))
     fold.add(decision("younger", "escalate"))
     assert fold.view["escalations"]["unlisted"] == 4
@@ -844,14 +945,162 @@ def test_unknown_word_is_refused(event):
     assert Fold().add(event)
 
 
-@pytest.mark.parametrize("data", [b"", b"{", b"[]", b"7", b'"x"', b"null", b'{"id":"x"}', b"\xff"])
+def raw_entry(data, kind=DECISION, event_id="x", seq=1):
+    """An entry whose bytes no writer of ours would have made."""
+    event_id = event_id if isinstance(event_id, bytes) else event_id.encode()
+    fields = [b"type", kind.encode(), b"id", event_id, b"data", data]
+    return Entry("acgs-dev", seq, f"{NOON_MS}-{seq}".encode(), fields)
+
+
+RAW = orjson.dumps(decision("x", at=at(0)))
+
+
+def with_member(member, data=RAW):
+    """The JSON object with one more member at its end."""
+    return data[:-1] + b"," + member + b"}"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        *(b"", b"{", b"[]", b"7", b'"x"', b"null", b'{"id":"x"}', b"\xff", RAW + b"x", RAW[:-1]),
+        *(with_member(b'"u":tru'), with_member(b'"u":"\\ud800"'), with_member(b'"u":NaN')),
+        *(with_member(b'"u":[1,]'), with_member(b'"latency_ms":1e999')),
+    ],
+)
 def test_data_that_is_no_event_is_refused(data):
     """An entry whose data is not a JSON object with a type is Unfoldable."""
-    fields = [b"type", b"decision.recorded", b"id", b"x", b"data", data]
     fold = folded(decision())
-    entry = Entry("acgs-dev", 2, f"{NOON_MS}-2".encode(), fields)
-    assert fold.add_entry(entry)
+    assert fold.add_entry(raw_entry(data, seq=2))
     assert fold.view["decisions"]["total"] == 1
+
+
+@pytest.mark.parametrize(
+    ("stream_type", "data_type"),
+    [
+        ("decision.recorded", "mode.changed"),
+        ("mode.changed", "decision.recorded"),
+        ("outcome.reported", "feedback.recorded"),
+        ("from.the.future", "decision.recorded"),
+        ("decision.recorded", "from.the.future"),
+    ],
+)
+def test_type_that_the_data_contradicts_is_refused(stream_type, data_type):
+    """Where the entry's type and the one in its data disagree, nobody knows what was recorded."""
+    data = orjson.dumps({**decision("x"), "mode": "strict", "type": data_type})
+    fold = folded(decision())
+    assert fold.add_entry(raw_entry(data, stream_type, seq=2))
+    assert fold.view["counts"]["unknown_types"] == {}
+
+
+def test_id_is_the_one_that_it_was_recorded_under():
+    """The copy of the id in the data is not read: follow-ups find a decision by the entry's own."""
+    fold = Fold()
+    data = orjson.dumps(decision("another", "escalate"))
+    assert fold.add_entry(raw_entry(data, event_id="real")) is None
+    assert fold.view["recent"][0]["id"] == fold.view["escalations"]["oldest"][0]["decision_id"]
+    fold.seq = 1
+    fold.add(follow_up("escalation.resolved", "real", resolution="approved"))
+    fold.add(follow_up("escalation.resolved", "another", resolution="approved"))
+    view = fold.view
+    assert (view["escalations"]["pending"], view["counts"]["orphans"]["total"]) == (0, 1)
+    assert view["recent"][0]["id"] == "real"
+
+
+def test_id_that_is_no_text_is_refused():
+    """An id that is not UTF-8 could not be shown or named."""
+    assert "UTF-8" in Fold().add_entry(raw_entry(RAW, event_id=b"\xff"))
+
+
+@pytest.mark.parametrize(
+    ("member", "folds"),
+    [
+        *((b'"latency_ms":5', True), (b'"latency_ms":1e300', True), (b'"latency_ms":-0.0', True)),
+        *((b'"latency_ms":%d' % 10**40, True), (b'"latency_ms":%d' % 10**400, False)),
+        *((b'"required_approvals":%d' % (2**53 - 1), True), (b'"required_approvals":0', True)),
+        *((b'"required_approvals":%d' % 2**53, False), (b'"required_approvals":-1', False)),
+        *((b'"required_approvals":1.0', False), (b'"required_approvals":true', False)),
+        *((b'"expires_at":"soon"', False), (b'"expires_at":null', True)),
+        *((b'"action":{"type":"pay","args_hash":7}', False), (b'"policies":[{"id":"p"}]', False)),
+    ],
+)
+def test_numbers_and_what_else_has_a_range(member, folds):
+    """An integer will do for a float, a float not for an integer; what is out of range is refused,
+    whatever the verdict, so that state stays JSON that every reader understands.
+    """
+    fold = Fold()
+    reason = fold.add_entry(raw_entry(with_member(member)))
+    assert (reason is None) is folds, reason
+    assert orjson.loads(orjson.dumps(fold.state)) == fold.state
+
+
+def test_threshold_values_are_floats():
+    """A threshold that was recorded as an integer is the same one as a float."""
+    fold = folded(threshold(None, 1), threshold(1.0, 2))
+    assert (
+        fold.stored == {} or orjson.dumps(fold.view["thresholds"]["current"][0]["value"]) == b"2.0"
+    )
+    assert fold.view["counts"]["conflicts"]["total"] == 0
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "folds"),
+    [
+        (b'"verdict":7', b'"verdict":"deny"', True),
+        (b'"verdict":"deny"', b'"verdict":7', False),
+        (b'"agent":[]', b'"agent":{"id":"a"}', True),
+        (b'"type":"mode.changed"', b'"type":"decision.recorded"', True),
+        (b'"type":"decision.recorded"', b'"type":"mode.changed"', False),
+    ],
+)
+def test_repeated_key_counts_with_its_last_value(first, last, folds):
+    """A key that is there twice is what JSON parsers make of it: the last one."""
+    fold = Fold()
+    data = with_member(last, with_member(first))
+    assert (fold.add_entry(raw_entry(data)) is None) is folds
+    if folds and b"deny" in last:
+        assert fold.view["decisions"]["by_verdict"]["deny"] == 1
+
+
+@pytest.mark.parametrize(
+    "member",
+    [
+        *(b'"u":"\xff"', b'"\xff":1', b'"u":1e999', b'"u":%d' % 10**400, b'"u":{"verdict":7}'),
+        b'"u":' + b"[" * 400 + b"]" * 400,
+        b'"u":' + b"[" * 1000 + b"]" * 1000,
+    ],
+    ids=["text", "key", "float", "integer", "nested key", "deep", "deeper"],
+)
+def test_what_is_not_read_is_not_judged(member):
+    """A field that no fold reads breaks none, whatever a newer or another writer put there."""
+    assert Fold().add_entry(raw_entry(with_member(member))) is None
+
+
+@pytest.mark.parametrize("depth", [50, 300, 600, 900, 1100, 50_000])
+@pytest.mark.parametrize("field", [b"u", b"reason", b"rules"])
+def test_nesting_is_judged_by_the_data_alone(field, depth):
+    """However deeply the reader's own calls are nested, an entry folds or does not."""
+    data = with_member(b'"%b":' % field + b"[" * depth + b"]" * depth)
+
+    def folds_below(calls):
+        if calls:
+            return folds_below(calls - 1)
+        return Fold(watched=False).add_entry(raw_entry(data)) is None
+
+    assert folds_below(0) == folds_below(100)
+    assert folds_below(0) == (depth < 1024 and field != b"rules")
+
+
+def test_fields_of_a_newer_writer_are_ignored():
+    """A body with fields that nobody here knows, at every level, is folded as it is without."""
+    for event in VALID:
+        newer = {**event, "zz": {"x": [1]}, "aa": None}
+        for key, value in event.items():
+            if isinstance(value, dict):
+                newer[key] = {**value, "zz": 1}
+            if isinstance(value, list):
+                newer[key] = [{**one, "aa": []} for one in value]
+        assert folded(decision(), newer).stored == folded(decision(), event).stored
 
 
 JSON = st.recursive(
@@ -884,7 +1133,9 @@ def test_any_json_is_folded_or_refused(event, data):
 VERDICTS = ("allow", "deny", "escalate", "transform", "abstain", "error")
 POLICIES = ("p@1", "p@2", "q@1")
 REVIEWERS = ("r1", "r2", "agent-0")
-NUMBERS = st.tuples(*[st.integers(0, 11)] * 6)
+NUMBERS = st.tuples(st.integers(0, 13), *[st.integers(0, 11)] * 5)
+SEVERITIES = ("critical", "high", "medium", "low", "odd")
+EFFECTS = ("match", "warning", "violation")
 
 
 def event_of(numbers, earlier):
@@ -919,22 +1170,33 @@ def event_of(numbers, earlier):
         lambda: threshold((None, 1, 2)[a % 3], 1 + b % 2, level=("low", "high")[c % 2]),
         lambda: (
             {"type": ("waiver.granted", "waiver.revoked")[a % 2], "waiver_id": f"w{b % 3}"}
-            | {"scope": "s"}
+            | ({} if a % 2 else {"scope": "s"})
         ),
         lambda: {"type": ("mode.changed", "from.the.future")[a % 2], "mode": "strict"},
+        lambda: {"type": "agent.role_assigned", **agent_of(a), "role": f"role-{b}"},
+        lambda: {"type": "agent.trust_adjusted", **agent_of(a), "delta": (b - 5) / 8},
     ]
     event = {"id": f"d{earlier}", **makers[kind]()}
     minutes = (0, 0, 0, 3, -1, -2, -59, -60, -62, -24 * 60, -7 * 24 * 60, 6)[time]
     return event if time == 1 else {**event, "at": at(minutes + earlier)}
 
 
+def agent_of(number):
+    return {"agent": {"id": f"agent-{number % 2}"}}
+
+
 def decision_of(earlier, a, b, c, d):
-    event = decision(f"d{earlier}", VERDICTS[c % 6], agent={"id": f"agent-{a % 2}"})
+    event = decision(f"d{earlier}", VERDICTS[c % 6], **agent_of(a))
+    if d % 4 == 0:
+        event["agent"]["maci_role"] = f"maci-{b}"
     event["action"] = {"type": ("pay", "mail")[b % 2], "args_hash": str(d)}
     if a % 3:
         event["policies"] = [policy(name) for name in POLICIES[: a % 3 + b % 2]]
     if b % 3:
-        event["rules"] = [{"effect": ("match", "warning", "violation")[n % 3]} for n in (a, d)]
+        event["rules"] = [
+            {"id": "r", "effect": EFFECTS[n % 3], "severity": SEVERITIES[m % 5]}
+            for n, m in ((a, c), (d, b))
+        ]
     if d % 3:
         event["impact_level"] = ("low", "high")[d % 2]
     return event
@@ -970,6 +1232,21 @@ def test_counts_equal_an_independent_fold(history):
 def test_chunks_do_not_matter(history, chunk):
     """Entities are the same bytes however the entries are cut, stored and loaded in between."""
     assert fold_of(history, chunk).stored == fold_of(history, 1_000).stored
+
+
+@settings(max_examples=100)
+@given(HISTORIES, st.integers(1, 70))
+def test_folding_at_once_is_folding_one_by_one(history, page):
+    """Pages that are folded at once give the same bytes and refuse the same entries."""
+    entries = [
+        Entry.of("acgs-dev", f"{recorded_ms}-{seq}", event)
+        for seq, (recorded_ms, event) in enumerate(history, 1)
+    ]
+    paged = Fold(watched=False)
+    for start in range(0, len(entries), page):
+        paged.add_page(entries[start : start + page])
+    single = fold_of(history, 1)
+    assert (paged.stored, paged.refused) == (single.stored, single.refused)
 
 
 def test_fold_is_pure():
@@ -1036,6 +1313,9 @@ def test_policies_that_share_other_count_it_once():
 
 def hostile_events(filler):
     """More distinct long names than fit, everywhere that a name can be."""
+    yield decision("first", "deny", action={"type": "other"}, policies=[policy(f"{filler}@0")])
+    for before, after in ((a, b) for a in VERDICTS for b in VERDICTS):
+        yield override(before, after, "first", f"r-{before}")
     for n in range(300):
         name = f"{n:03}{filler}"
         ref = {"id": name, "version": name[:40], "hash": name * 3}
@@ -1056,6 +1336,9 @@ def hostile_events(filler):
         yield {"type": "waiver.granted", "waiver_id": name, "scope": name * 4}
         yield {"type": "constitution.activated", "constitutional_hash": name * 4}
         yield {"type": name}
+        yield decision(f"c{n}", policies=[ref], action={"type": name}, impact_level="high")
+        if n % 5 == 0:
+            yield {"type": "policy.deactivated", "policy": ref}
     for n in range(1_100):
         action = {"type": filler, "resource": filler, "args_hash": str(n)}
         yield decision(f"{n}{filler}", "escalate", action=action)
@@ -1081,9 +1364,85 @@ def test_view_stays_below_256_kib(filler):
     assert len(orjson.dumps(view)) < 256 * 1024
     assert {"thresholds", "waivers", "unknown_types"} <= set(view["bounds"]["overflowed"])
     by_action = view["decisions"]["by_action_type"].values()
-    assert sum(cell["decisions"] for cell in by_action) == view["decisions"]["total"] == 1_700
+    assert sum(cell["decisions"] for cell in by_action) == view["decisions"]["total"] == 2_001
     assert view["bounds"]["names_shown"] >= 8
     assert len(fold.stored["state"]) < 4 * 1024 * 1024
+
+
+LIMITS = {
+    **dict.fromkeys(("action_types", "policies", "unknown_types", "override_reviewers"), 257),
+    **dict.fromkeys(("override_policies", "feedback_policies"), 257),
+    **dict.fromkeys(("thresholds", "waivers", "active_policies"), 256),
+    **dict.fromkeys(("policy_history", "constitution_history", "recent"), 100),
+    "pending": 1_000,
+    "precedents": 256,
+    "policy_windows": 16,
+    "override_directions": 36,
+    "minutes": 60,
+    "hours": 168,
+    "impact_levels": 6,
+}
+
+
+def grown(value, largest=10**12 - 1):
+    """The same with every count as if a million million entries had been folded."""
+    if isinstance(value, dict):
+        return {key: grown(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [grown(one) for one in value]
+    if isinstance(value, float):
+        return -2.2250738585072014e-308
+    return largest if type(value) is int and abs(value) < 10**9 else value
+
+
+@pytest.mark.parametrize("filler", ["x" * 124, "\x01" * 20, '"\\' * 30])
+def test_view_of_a_state_that_is_full_everywhere_stays_below_256_kib(filler):
+    """Every part at its limit, every name at its longest, every number at its longest: it fits."""
+    state = full_state(filler)
+    for part, limit in LIMITS.items():
+        assert len(state[part]) >= limit, part
+    view = GOVERNANCE.view(state)
+    assert len(orjson.dumps(view)) < 255 * 1024
+    assert view["bounds"]["names_shown"] >= 8
+    assert len(view["escalations"]["oldest"]) >= 8
+    assert view["escalations"]["unlisted"] > 0
+
+
+def full_state(filler):
+    """A fold of hostile events, then each part filled to its limit and each number grown."""
+    fold = folded(*(activated(f"w{n}@1") for n in range(16)), *hostile_events(filler))
+    for n in range(7 * 24 * 60):
+        if n > 7 * 24 * 60 - 61 or n % 60 == 0:
+            time_ms = NOON_MS + n * MINUTE_MS
+            ref = [{"id": f"w{n % 16}", "version": "1"}]
+            assert fold.add(decision(f"t{n}", policies=ref), time_ms) is None
+    state = fold.state
+    hours = state["hours"]
+    for part, limit in LIMITS.items():
+        if isinstance(state[part], dict):
+            (*_, example) = state[part].values()
+            numbers = iter(range(limit))
+            while len(state[part]) < limit:
+                state[part][f"{next(numbers):04}{filler}"[:128]] = example
+    state["policy_windows"] = dict.fromkeys(state["policy_windows"], hours)
+    names = zip(state["action_types"], state["policies"], strict=True)
+    state["combinations"]["negligible"] = {
+        action: {policy_name: [1] * 9} for action, policy_name in names if action != "other"
+    }
+    state["overflow"] = dict.fromkeys([*LIMITS, "reviewers_of_a_decision", "combinations"], 1)
+    apart = ("minutes", "hours", "policy_windows", "newest_ms", "clock_ms", "recent")
+    grown_state = grown({part: value for part, value in state.items() if part not in apart})
+    rings = {part: grown_slots(state[part]) for part in ("minutes", "hours")}
+    rings["policy_windows"] = {
+        name: grown_slots(ring) for name, ring in state["policy_windows"].items()
+    }
+    recent = [[10**12 - 1, *row[1:]] for row in state["recent"]]
+    return {**state, **grown_state, **rings, "recent": recent}
+
+
+def grown_slots(ring):
+    """The slots with their counts grown, and their buckets as they are."""
+    return [slot and [*grown(slot[:-1]), slot[-1]] for slot in ring]
 
 
 LONG = st.text(st.characters(codec="utf-8"), min_size=1, max_size=20).flatmap(

@@ -10,6 +10,7 @@ from datetime import UTC, datetime, timedelta
 import msgspec
 import orjson
 import pytest
+from msgspec import structs
 
 from ledger import (
     Decision,
@@ -130,6 +131,7 @@ def test_the_model_has_all_that_is_published():
     assert state.thresholds.of("risk", "high").value == 0.7
     assert state.thresholds.of("risk", "low") is None
     assert state.escalations.oldest[0].decision_id == "d-2"
+    assert state.active_at(datetime(2100, 1, 1, tzinfo=UTC)).constitutional_hash == "c"
     assert state.feedback.overall.fp == 1
     empty = state_of(Governance().view({}))
     assert empty.decisions.total == 0
@@ -208,8 +210,8 @@ def test_what_is_due_depends_on_the_clock_of_the_reader():
     """Overdue escalations and expired waivers are told by the time at which they are asked for."""
     state = state_of(rich_view())
     noon = datetime(2026, 11, 2, 12, tzinfo=UTC)
-    assert state.escalations.overdue(noon) == ()
-    assert [one.decision_id for one in state.escalations.overdue(noon + timedelta(hours=1))] == [
+    assert state.escalations.overdue_at(noon) == ()
+    assert [one.decision_id for one in state.escalations.overdue_at(noon + timedelta(hours=1))] == [
         "d-2"
     ]
     assert [one.waiver_id for one in state.waivers.active(noon)] == ["w"]
@@ -327,7 +329,7 @@ async def test_receipt_of_another_tenant_or_epoch_is_refused(ledger, server, ten
     async with StateReader(ledger) as reader:
         with pytest.raises(errors.InvalidInput, match="is of tenant"):
             await reader.governance(f"{tenant}-other", at_least=receipt)
-        wanted = receipt.position._replace(epoch="0" * 16)
+        wanted = structs.replace(receipt, epoch="0" * 16)
         with pytest.raises(errors.LedgerRolledBack, match="in epoch 0000"):
             await reader.governance(tenant, at_least=wanted, timeout_s=0.05)
 
@@ -795,3 +797,20 @@ def test_the_reader_without_an_event_loop(valkey, tenant):
         states.close()
         with pytest.raises(errors.NotFound):
             reader.agent(tenant, "nobody")
+
+
+async def test_an_agent_is_read_typed_from_its_copy_or_what_is_committed(ledger, server, tenant):
+    """One agent's counts and trust, in full, whether its copy is there, strange, or gone."""
+    await ledger.append_many(tenant, [decision(1, "deny"), decision(2)])
+    await Projector(ledger).run_once([tenant])
+    reader, key = StateReader(ledger), keys.agent_state(tenant, "a")
+    copy = await reader.agent(tenant, "a")
+    assert (copy.source, copy.seq, copy.decisions.total) == ("published", 2, 2)
+    assert (copy.consecutive_denials, copy.trust.tier) == (0, "trusted")
+    assert_known(copy, orjson.loads(server.cli("GET", key))["value"])
+    for damage in (("SET", key, "[]"), ("DEL", key), ("RPUSH", key, "x")):
+        server.cli(*damage)
+        found = await reader.agent(tenant, "a")
+        assert found == msgspec.structs.replace(copy, source="committed")
+    with pytest.raises(errors.NotFound, match="agent 'b'"):
+        await reader.agent(tenant, "b")

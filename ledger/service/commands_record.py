@@ -384,7 +384,7 @@ async def _heads(ledger: Ledger) -> list[tuple[str, Head | None]]:
         async with slots:
             try:
                 return name, await ledger.head(name)
-            except errors.IndexBehind as error:
+            except (errors.IndexBehind, errors.ServerError) as error:
                 terminal.say(f"warning: {error}")
                 return name, None
 
