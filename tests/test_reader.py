@@ -629,6 +629,33 @@ async def test_readers_without_a_right_to_the_channel_still_keep_the_bound(serve
             await polled(lambda: reader.governance(tenant), lambda state: state.seq == 2)
 
 
+@pytest.mark.parametrize("hears", [False, True])
+async def test_the_rights_of_the_readme_suffice_to_read(server, tenant, hears):
+    """With the analyst's rights one reads now and then; with the channel's one is told of news."""
+    user, rules = f"r-{tenant}", [
+        *("reset", "on", ">pw", "resetchannels", "-@all", "+@connection"),
+        *(f"%R~claude-flow:ledger:{{{tenant}}}:*", f"%R~claude-flow:memory:{tenant}:*"),
+        *("+@read", "-@dangerous", "-scan", "-randomkey"),
+    ]  # fmt: skip
+    if hears:
+        rules += [f"&claude-flow:memory:{tenant}:*", "+subscribe", "+unsubscribe"]
+    server.cli("ACL", "SETUSER", user, *rules)
+    url = server.url.replace("redis://", f"redis://{user}:pw@")
+    async with Ledger.connect(server.url) as writer, Ledger.connect(url) as ledger:
+        projector = Projector(writer)
+        await writer.append(tenant, decision(1))
+        await projector.run_once([tenant])
+        async with StateReader(ledger, max_stale_s=3600 if hears else 0.4) as reader:
+            watching = reader.watch(tenant)
+            assert (await anext(watching)).seq == 1
+            await writer.append(tenant, decision(2))
+            await projector.run_once([tenant])
+            assert (await asyncio.wait_for(anext(watching), 20)).seq == 2
+            assert (await reader.governance(tenant, as_of=1)).seq == 1
+            assert bool(reader._cache._notices._denied) is not hears
+            await watching.aclose()
+
+
 async def test_states_in_a_cluster(cluster, tenant):
     """Reading, notices and watching work where each key lives on another node."""
     async with Ledger.connect(cluster.url) as ledger:
@@ -770,3 +797,20 @@ def test_the_reader_without_an_event_loop(valkey, tenant):
         states.close()
         with pytest.raises(errors.NotFound):
             reader.agent(tenant, "nobody")
+
+
+async def test_an_agent_is_read_typed_from_its_copy_or_what_is_committed(ledger, server, tenant):
+    """One agent's counts and trust, in full, whether its copy is there, strange, or gone."""
+    await ledger.append_many(tenant, [decision(1, "deny"), decision(2)])
+    await Projector(ledger).run_once([tenant])
+    reader, key = StateReader(ledger), keys.agent_state(tenant, "a")
+    copy = await reader.agent(tenant, "a")
+    assert (copy.source, copy.seq, copy.decisions.total) == ("published", 2, 2)
+    assert (copy.consecutive_denials, copy.trust.tier) == (0, "trusted")
+    assert_known(copy, orjson.loads(server.cli("GET", key))["value"])
+    for damage in (("SET", key, "[]"), ("DEL", key), ("RPUSH", key, "x")):
+        server.cli(*damage)
+        found = await reader.agent(tenant, "a")
+        assert found == msgspec.structs.replace(copy, source="committed")
+    with pytest.raises(errors.NotFound, match="agent 'b'"):
+        await reader.agent(tenant, "b")
