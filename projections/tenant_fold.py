@@ -188,7 +188,7 @@ class TenantFold:
                     hint="the next fold goes on from what is committed",
                 )
             own = [entry for entry in page if not entry.foreign]
-            changed, quarantined = await self._apply(own)
+            changed, quarantined = await self.apply(own, keep_bodies=True)
             if self.committed is None:
                 raise errors.CommitConflict(  # noqa: TRY301 - so that memory is dropped here too
                     f"tenant {self.tenant}: {self.projection.name} was rebuilt meanwhile",
@@ -204,17 +204,9 @@ class TenantFold:
             raise
 
     async def apply(
-        self, entries: Sequence[Entry]
+        self, entries: Sequence[Entry], *, keep_bodies: bool = False
     ) -> tuple[dict[str, dict[str, Any]], dict[int, str]]:
         """Folds entries of ours in memory; what changed, and why which of them were refused."""
-        try:
-            return await self._apply(entries)
-        finally:
-            _drop_bodies(entries)
-
-    async def _apply(
-        self, entries: Sequence[Entry]
-    ) -> tuple[dict[str, dict[str, Any]], dict[int, str]]:
         needs, entities = await self._gather(entries), self._entities
         refused = self._apply_all(entities, entries, needs.subjects) if entries else {}
         for seq, reason in refused.items():
@@ -222,6 +214,8 @@ class TenantFold:
         self._check_orphans(needs)
         changed = {name: entities[name] for name in needs.names if name in entities}
         self._trim()
+        if not keep_bodies:
+            _drop_bodies(entries)
         return changed, refused
 
     async def _gather(self, entries: Sequence[Entry]) -> _Needs:

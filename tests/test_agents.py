@@ -584,6 +584,9 @@ async def test_agent_costs_the_same_among_a_hundred_thousand(fresh_server):
             await ledger.append(tenant, acted(0))
             await Projector(ledger).run_once([tenant])
             await put_agents(ledger, tenant, agents)
+            server.cli(
+                "DEL", f"claude-flow:ledger:{{{tenant}}}:lease:agents"
+            )  # who put them is gone
             events = [acted(n, f"agent-{n:06}") for n in range(90, 110)]
             costs.append(await cost_of_a_takeover(ledger, server, tenant, events))
     (few, *few_bytes), (many, *many_bytes) = costs

@@ -35,11 +35,12 @@ async def test_what_is_kept_in_memory_does_not_matter(ledger, tenant, projection
     events = list(followed_up(40))
     await ledger.append_many(tenant, events)
     names = ["state", *(f"decision:d-{number}" for number in range(-5, 43))]
-    wholes = []
+    projector, wholes = Projector(ledger), []
     for page_entries, kept in ((1000, 1000), (1000, 1), (16, 1000), (16, 3), (16, 0), (1, 0)):
         monkeypatch.setattr("projections.subjects.KEPT", kept)
         monkeypatch.setattr("projections.tenant_fold.ENTITIES_KEPT", kept)
-        fold = Projector(ledger)._fold_of(tenant, projection())
+        projector._folds.clear()
+        fold = projector._fold_of(tenant, projection())
         await fold.store.discard()
         walk = await fold.begin()
         walk.page_entries = page_entries
@@ -62,14 +63,16 @@ async def test_first_follow_up_of_a_decision_looks_nothing_up(ledger, server, te
         ],
     )
     server.cli("CONFIG", "RESETSTAT")
-    fold = Projector(ledger)._fold_of(tenant, Governance())
+    projector = Projector(ledger)
+    fold = projector._fold_of(tenant, Governance())
     walk = await fold.begin()
     async for page in walk.pages():
         await fold.fold_page(walk, page)
     calls = server.cli("INFO", "commandstats")
     assert "cmdstat_hget" not in calls
     assert fold.state["outcomes"]["failed"] == 100
-    again = Projector(ledger)._fold_of(tenant, Governance())
+    projector._folds.clear()
+    again = projector._fold_of(tenant, Governance())
     await ledger.append(tenant, Outcome(decision_id="d-1", outcome="succeeded"))
     walk = await again.begin()
     async for page in walk.pages():
