@@ -28,6 +28,8 @@
     │   ├── FunctionMissing          the function library is not there and may not be loaded
     │   └── EmbeddedServerError      the private server did not start
     ├── ServerError                  the server refused the command for a reason we do not know
+    ├── JobFailed                    a scheduled job did not do what it is for
+    │   └── SnapshotFailed           BGSAVE or the copy of its dump failed
     ├── NotFound                     no such tenant, entry or state
     ├── EntriesMissing               the record has a hole
     ├── NotCaughtUp                  the projection has not folded that far yet
@@ -55,6 +57,7 @@ __all__ = [
     "InvalidInput",
     "InvalidSetting",
     "InvalidTenant",
+    "JobFailed",
     "LedgerError",
     "LedgerRolledBack",
     "LibraryTooNew",
@@ -69,6 +72,7 @@ __all__ = [
     "ServerInUse",
     "ServerLoading",
     "ServerUnreachable",
+    "SnapshotFailed",
     "StreamBlocked",
     "TlsFailed",
     "Unavailable",
@@ -208,6 +212,14 @@ class EmbeddedServerError(Unavailable):
 
 class ServerError(LedgerError):
     """The server answered with an error that has no name of its own here."""
+
+
+class JobFailed(LedgerError):
+    """A scheduled job did not do what it is for; it runs again at its next time."""
+
+
+class SnapshotFailed(JobFailed):
+    """A snapshot was not made, or its dump could not be copied out."""
 
 
 class NotFound(LedgerError, LookupError):

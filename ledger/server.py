@@ -421,6 +421,15 @@ class Server:
             raise translate(reply, self.address) from reply
         return int(reply[0])
 
+    def primary_keys(self) -> list[str]:
+        """For each primary a key that leads to it; one server has "", which leads anywhere."""
+        return self._primary_keys() if self._cluster else [""]
+
+    @property
+    def is_cluster(self) -> bool:
+        """Whether several nodes share the keys."""
+        return self._cluster is not None
+
     def _primary_keys(self) -> list[str]:
         """For each primary a key that it holds, so that commands find it by the usual way."""
         assert self._cluster is not None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
+import logging
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -23,6 +23,8 @@ from ledger.service.command import (
 )
 
 __all__: list[str] = []
+
+_log = logging.getLogger("ledger")
 
 
 # -- state -------------------------------------------------------------------------------------
@@ -96,13 +98,13 @@ def project(
 async def _project(url: str | None, *, as_json: bool) -> None:
     from ledger.service.operate import ends_on_sigterm, run_projector
 
+    terminal.show_logs()
     async with ends_on_sigterm(), connect(url) as ledger:
         address = ledger.server.address
         if as_json:
             print_json({"projecting": address})
             sys.stdout.flush()
-        else:
-            terminal.say(f"projecting {address}; Ctrl-C ends it")
+        _log.info("projecting %s; Ctrl-C ends it", address)
         await run_projector(ledger)
 
 
@@ -201,7 +203,7 @@ def dev(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Run a durable server of one's own, and a projector.
+    """Run a durable server of one's own, a projector, and the scheduled jobs.
 
     Prints the REDIS_URL to use, and runs until SIGTERM or Ctrl-C. Where the directory's server runs
     already, for a command or another `dev`, it is shared; one that dies is started again. It ends
@@ -214,8 +216,11 @@ def dev(
 
 
 async def _dev(data_dir: Path, port: int | None, *, as_json: bool) -> None:
-    from ledger.service.operate import DevServer, ends_on_sigterm, run_projector
+    from ledger.service.jobs import JobContext
+    from ledger.service.operate import DevServer, ends_on_sigterm, run_projector, together
+    from ledger.service.scheduler import Scheduler
 
+    terminal.show_logs()
     async with ends_on_sigterm(), DevServer.running(data_dir, port) as server:
         tcp_url = server.hold.tcp_url
         if as_json:
@@ -223,10 +228,11 @@ async def _dev(data_dir: Path, port: int | None, *, as_json: bool) -> None:
             print_json({**told, "pid": server.endpoint.pid, "attached": server.attached})
         else:
             how = "attached to the server that runs" if server.attached else "started a server"
-            terminal.say(f"{how} on {server.hold.data_dir} (pid {server.endpoint.pid})")
+            _log.info("%s on %s (pid %d)", how, server.hold.data_dir, server.endpoint.pid)
             print_lines(f"REDIS_URL={server.url}", *([f"REDIS_URL={tcp_url}"] if tcp_url else []))
-            terminal.say("what it acknowledges is on disk; a projector runs; Ctrl-C ends both")
+            _log.info("what it acknowledges is on disk; projector and jobs run; Ctrl-C ends them")
         sys.stdout.flush()
         async with server.connect() as ledger:
-            await asyncio.gather(run_projector(ledger), server.watch())
-    terminal.say("ended; the server stays for half a minute, or as long as others use it")
+            scheduler = Scheduler(JobContext(ledger), ledger.server.settings.govledger_jobs)
+            await together(run_projector(ledger), scheduler.run(), server.watch())
+    _log.info("ended; the server stays for half a minute, or as long as others use it")

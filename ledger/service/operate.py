@@ -6,10 +6,10 @@ import asyncio
 import logging
 import os
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 from urllib.parse import quote
 
 from ledger import errors
@@ -18,13 +18,39 @@ from ledger.ledger import Ledger
 from ledger.settings import load_settings
 from projections import Projector
 
-__all__ = ["DevServer", "default_data_dir", "ends_on_sigterm", "prepare", "run_projector"]
+__all__ = [
+    "DevServer",
+    "default_data_dir",
+    "ends_on_sigterm",
+    "prepare",
+    "run_projector",
+    "together",
+]
 
 PREPARE_INTERVAL_S: Final = 600.0
 """Settings change while a server runs, and an attestation expires after a day."""
 
 WATCH_INTERVAL_S: Final = 0.5
 _log = logging.getLogger("ledger")
+
+
+async def together(*work: Coroutine[Any, Any, None]) -> None:
+    """Runs all of it until one fails or this is cancelled, and ends when each has ended.
+
+    Raises:
+        LedgerError: what the first one failed with.
+    """
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            for one in work:
+                tasks.create_task(one)
+    except BaseExceptionGroup as group:
+        raise _first_of(group) from None
+
+
+def _first_of(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    first = group.exceptions[0]
+    return _first_of(first) if isinstance(first, BaseExceptionGroup) else first
 
 
 @asynccontextmanager

@@ -14,8 +14,10 @@ import logging
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from typing import Any, Final
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -33,6 +35,7 @@ __all__ = [
     "progress",
     "run",
     "say",
+    "show_logs",
     "show_warnings",
     "spare_gc",
 ]
@@ -48,12 +51,14 @@ _EXIT_CODES: Final[tuple[tuple[type[errors.LedgerError], int], ...]] = (
     (errors.NotFound, EXIT_NEGATIVE),
     (errors.EntriesMissing, EXIT_NEGATIVE),
     (errors.NotCaughtUp, EXIT_NEGATIVE),
+    (errors.JobFailed, EXIT_NEGATIVE),
     (errors.InvalidInput, EXIT_BAD_INPUT),
     (errors.Unavailable, EXIT_UNAVAILABLE),
     (errors.ServerError, EXIT_UNAVAILABLE),
 )
 
 _SECRET_MIN_LENGTH: Final = 3
+_URL_PASSWORD: Final = re.compile(r"(\w://[^\s/@:]*:)[^\s@]+@")
 _secrets: set[str] = set()
 
 
@@ -103,6 +108,7 @@ def hide_secrets(url: str, password: str | None) -> None:
 
 
 def _without_secrets(text: str) -> str:
+    text = _URL_PASSWORD.sub(r"\1***@", text)
     for secret in sorted(_secrets, key=len, reverse=True):
         text = text.replace(secret, "***")
     return text
@@ -150,10 +156,31 @@ def print_error(error: errors.LedgerError, *, as_json: bool) -> None:
         say(f"hint: {error.hint}")
 
 
+class _JsonHandler(logging.Handler):
+    """A line of JSON for each record: `at`, `level`, `logger`, `message`, `exception`."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        told: dict[str, Any] = {
+            "at": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            told["exception"] = "".join(traceback.format_exception(*record.exc_info))
+        print(orjson.dumps(_cleaned(told)).decode(), file=sys.stderr, flush=True)
+
+
 class _StderrHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno <= logging.INFO:
+            say(record.getMessage())
+            return
         level = "error" if record.levelno >= logging.ERROR else "warning"
         say(f"{level}: {record.getMessage()}")
+        if record.exc_info:
+            for line in "".join(traceback.format_exception(*record.exc_info)).splitlines():
+                say(f"  {line}")
 
 
 def show_warnings() -> None:
@@ -161,6 +188,16 @@ def show_warnings() -> None:
     logger = logging.getLogger("ledger")
     logger.addHandler(_StderrHandler(logging.WARNING))
     logger.propagate = False
+
+
+def show_logs() -> None:
+    """For what keeps running: news too, and JSON where nobody sits at the terminal."""
+    kind = _StderrHandler if sys.stderr.isatty() else _JsonHandler
+    for name, level in (("ledger", logging.INFO), ("apscheduler", logging.WARNING)):
+        logger = logging.getLogger(name)
+        logger.handlers[:] = [kind(level)]
+        logger.setLevel(level)
+        logger.propagate = False
 
 
 @contextmanager
