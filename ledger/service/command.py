@@ -95,8 +95,7 @@ def connect(url: str | None, durability: str | None = None) -> AbstractAsyncCont
     from ledger import Ledger, load_settings
 
     settings = load_settings(redis_url=url)
-    password = settings.redis_password
-    terminal.hide_secrets(settings.redis_url, password.get_secret_value() if password else None)
+    terminal.hide_settings(settings)
     return Ledger.connect(settings=settings, durability=durability)
 
 

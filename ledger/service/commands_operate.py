@@ -1,9 +1,10 @@
-"""The commands that keep it going: schedule, run, jobs."""
+"""The commands that keep it going: schedule, run, jobs, doctor, health, top."""
 
 from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
@@ -12,7 +13,7 @@ import typer
 from ledger import errors
 from ledger.service import terminal
 from ledger.service.command import Json, Url, app, connect, example, print_json, print_lines
-from ledger.settings import JobName
+from ledger.settings import JobName, Settings
 
 if TYPE_CHECKING:
     from ledger import Ledger
@@ -240,3 +241,92 @@ def _run_json(run: Run) -> dict[str, Any]:
 def _result_text(run: Run) -> str:
     shown = {name: value for name, value in run.result.items() if value is not None}
     return ", ".join(f"{name} {value}" for name, value in shown.items())
+
+
+# -- doctor and health ---------------------------------------------------------------------------
+
+
+@app.command(epilog=example("govledger doctor", "govledger doctor --strict --json"))
+def doctor(
+    *,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Exit with 1 for warnings too, not only for danger.")
+    ] = False,
+    url: Url = None,
+    as_json: Json = False,
+) -> None:
+    """Examine server and ledger: what is wrong, what that means, and what to set.
+
+    Exits with 1 where there is danger: decisions are or will be lost, or cannot be recorded. It
+    changes nothing; it leaves what it read of the durability settings for clients that may not.
+    """
+
+    async def work() -> str:
+        from ledger.service.doctor import examine, report_json, report_lines, unreachable, worst
+
+        address = _address(url)
+        try:
+            async with connect(url) as ledger:
+                results = await examine(ledger)
+        except errors.Unavailable as error:
+            results = [unreachable(error)]
+        if as_json:
+            print_json(report_json(address, results))
+        else:
+            print_lines(*(terminal.printable(line) for line in report_lines(results)))
+        return worst(results)
+
+    _end_with(work(), lambda level: level == "danger" or (strict and level == "warning"))
+
+
+@app.command(epilog=example("govledger health", "govledger health --timeout 1 --json"))
+def health(
+    *,
+    timeout_s: Annotated[
+        float, typer.Option("--timeout", metavar="SECONDS", min=0.1, help="How long it may take.")
+    ] = 3.0,
+    url: Url = None,
+    as_json: Json = False,
+) -> None:
+    """Probe whether decisions can be recorded now: exits with 0 or 1, fast.
+
+    It connects once and asks every primary; it writes nothing. For the reasons: govledger doctor.
+    """
+
+    async def work() -> str:
+        from ledger.service.health import probe
+
+        found = await probe(_settings(url), timeout_s)
+        if as_json:
+            print_json(found)
+        else:
+            print_lines(f"{'ok' if found['healthy'] else 'unhealthy'}: {found['reason']}")
+        return "" if found["healthy"] else "unhealthy"
+
+    _end_with(work(), bool)
+
+
+def _settings(url: str | None) -> Settings:
+    from ledger import load_settings
+
+    settings = load_settings(redis_url=url)
+    terminal.hide_settings(settings)
+    return settings
+
+
+def _address(url: str | None) -> str:
+    from ledger.connect import shown_address
+
+    return shown_address(_settings(url).redis_url)
+
+
+def _end_with(work: Coroutine[Any, Any, str], is_negative: Callable[[str], bool]) -> None:
+    """Runs it, and exits with 1 where its answer is negative."""
+    answers: list[str] = []
+
+    async def answered() -> None:
+        answers.append(await work)
+
+    terminal.run(answered())
+    if is_negative(answers[0]):
+        raise typer.Exit(1)

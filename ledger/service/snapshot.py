@@ -28,6 +28,8 @@ __all__ = [
     "Retention",
     "Snapshot",
     "archive_snapshot",
+    "is_local",
+    "server_now_ms",
     "superfluous",
     "take_snapshot",
 ]
@@ -108,7 +110,7 @@ async def take_snapshot(
     _check_saved(server, before, now)
     taken_s = time.monotonic() - begun
     path = await _dump_path(server, key)
-    return Snapshot(now["run_id"], begun_ms, taken_s, path, not _is_local(server))
+    return Snapshot(now["run_id"], begun_ms, taken_s, path, not is_local(server))
 
 
 async def _persistence(server: Server, key: str) -> dict[str, str]:
@@ -146,7 +148,8 @@ def _check_saved(server: Server, before: dict[str, str], now: dict[str, str]) ->
         )
 
 
-def _is_local(server: Server) -> bool:
+def is_local(server: Server) -> bool:
+    """Whether the server runs on this machine, by its address."""
     return (
         server.embedded is not None
         or re.match(r"(unix:|rediss?://(localhost|127\.[0-9.]+|\[::1\])(:|/|$))", server.address)

@@ -25,11 +25,13 @@ import orjson
 import typer
 
 from ledger import errors
+from ledger.settings import Settings
 
 __all__ = [
     "EXIT_BAD_INPUT",
     "exit_code",
     "hide_secrets",
+    "hide_settings",
     "print_error",
     "printable",
     "progress",
@@ -105,6 +107,12 @@ def hide_secrets(url: str, password: str | None) -> None:
     with suppress(ValueError):  # no URL; whoever connects says so
         found.update(parse_qs(urlsplit(url).query).get("password", ()))
     _secrets.update(one for one in found if len(one) >= _SECRET_MIN_LENGTH)
+
+
+def hide_settings(settings: Settings) -> None:
+    """As `hide_secrets`, for all that the settings hold."""
+    password = settings.redis_password
+    hide_secrets(settings.redis_url, password.get_secret_value() if password else None)
 
 
 def _without_secrets(text: str) -> str:
