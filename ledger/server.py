@@ -34,7 +34,7 @@ from ledger.wire import Pool, Wire
 
 __all__ = ["LIBRARY_VERSION", "NodeSettings", "Reply", "Server", "library_source", "pack"]
 
-LIBRARY_VERSION: Final = 2
+LIBRARY_VERSION: Final = 3
 """The protocol this client speaks, and the version of functions.lua that it ships."""
 
 REPLY_TIMEOUT_S: Final = 10.0

@@ -15,8 +15,7 @@ import orjson
 from ledger import errors, keys
 from ledger.ledger import Ledger
 from ledger.server import Server, pack
-from ledger.service.inspection import PROJECTIONS, scan
-from ledger.service.snapshot import server_now_ms
+from ledger.service.inspection import PROJECTIONS, scan, server_now_ms
 from projections.store import BUCKETS
 
 __all__ = ["Cleanup"]

@@ -20,6 +20,8 @@ __all__ = [
     "After",
     "Json",
     "Limit",
+    "MetricsHost",
+    "MetricsPort",
     "ProjectionName",
     "TenantName",
     "Types",
@@ -81,6 +83,20 @@ Types = Annotated[
 Limit = Annotated[
     int | None,
     typer.Option(metavar="N", min=1, show_default=False, help="End after this many entries."),
+]
+MetricsPort = Annotated[
+    int | None,
+    typer.Option(
+        "--metrics-port",
+        metavar="N",
+        min=0,
+        max=65535,
+        show_default=False,
+        help="Serve Prometheus metrics on this port; 0 takes a free one. Needs govledger[metrics].",
+    ),
+]
+MetricsHost = Annotated[
+    str, typer.Option("--metrics-host", metavar="HOST", help="On this address; 0.0.0.0 is all.")
 ]
 ProjectionName = Annotated[str, typer.Option(metavar="NAME", help="Which projection.")]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import sys
 from collections.abc import Callable, Coroutine
@@ -12,7 +13,17 @@ import typer
 
 from ledger import errors
 from ledger.service import terminal
-from ledger.service.command import Json, Url, app, connect, example, print_json, print_lines
+from ledger.service.command import (
+    Json,
+    MetricsHost,
+    MetricsPort,
+    Url,
+    app,
+    connect,
+    example,
+    print_json,
+    print_lines,
+)
 from ledger.settings import JobName, Settings
 
 if TYPE_CHECKING:
@@ -52,12 +63,7 @@ def _archive(directory: Path | None, last: int, days: int) -> Archive | None:
 # -- jobs ----------------------------------------------------------------------------------------
 
 
-@app.command(
-    epilog=example(
-        "govledger schedule --archive /backup/dumps",
-        """GOVLEDGER_JOBS='{"snapshot": {"cron": "0 */6 * * *"}}' govledger schedule""",
-    )
-)
+@app.command(epilog=example("govledger schedule", "govledger schedule --archive ./dumps"))
 def schedule(
     *,
     archive: ArchiveDir = None,
@@ -69,6 +75,8 @@ def schedule(
             "--stop-after", metavar="SECONDS", min=0, help="How long a job may go on after SIGTERM."
         ),
     ] = 8.0,
+    metrics_port: MetricsPort = None,
+    metrics_host: MetricsHost = "127.0.0.1",
     url: Url = None,
     as_json: Json = False,
 ) -> None:
@@ -80,11 +88,15 @@ def schedule(
 
     async def work() -> None:
         from ledger.service.jobs import JobContext
-        from ledger.service.operate import ends_on_sigterm, prepare
+        from ledger.service.operate import ends_on_sigterm, prepare, with_metrics
         from ledger.service.scheduler import Scheduler
 
         terminal.show_logs()
-        async with ends_on_sigterm(), connect(url) as ledger:
+        async with (
+            ends_on_sigterm(),
+            connect(url) as ledger,
+            with_metrics(ledger, metrics_host, metrics_port),
+        ):
             await prepare(ledger)
             table = ledger.server.settings.govledger_jobs
             if as_json:
@@ -109,10 +121,8 @@ def _job(name: str) -> JobName:
     return name  # type: ignore[return-value]  # just looked up
 
 
-@app.command(
-    "run", epilog=example("govledger run expire", "govledger run snapshot --archive /backup/dumps")
-)
-def run_job(
+@app.command(epilog=example("govledger run expire", "govledger run snapshot --archive ./dumps"))
+def run(
     name: Annotated[str, typer.Argument(metavar="JOB", show_default=False)],
     *,
     archive: ArchiveDir = None,
@@ -243,10 +253,52 @@ def _result_text(run: Run) -> str:
     return ", ".join(f"{name} {value}" for name, value in shown.items())
 
 
+# -- top -----------------------------------------------------------------------------------------
+
+
+@app.command(epilog=example("govledger top", "govledger top --once --json"))
+def top(
+    *,
+    once: Annotated[
+        bool, typer.Option("--once", help="Print it once, over one interval, and end.")
+    ] = False,
+    interval_s: Annotated[
+        float, typer.Option("--interval", metavar="SECONDS", min=0.1, help="Between two looks.")
+    ] = 2.0,
+    limit: Annotated[int, typer.Option(metavar="N", min=1, help="At most N tenants.")] = 20,
+    url: Url = None,
+    as_json: Json = False,
+) -> None:
+    """Watch tenants by append rate, their verdicts, the projector's lag, the server's load.
+
+    Without a terminal, or with --json, it prints once and ends.
+    """
+
+    async def work() -> None:
+        from rich.console import Console
+
+        from ledger.service import top as screen
+        from ledger.service.observation import observe
+
+        async with connect(url) as ledger:
+            if sys.stdout.isatty() and not (once or as_json):
+                await screen.live(ledger, interval_s, limit)
+                return
+            before = await observe(ledger)
+            await asyncio.sleep(interval_s)
+            shown = await screen.between(ledger, before, await observe(ledger), limit)
+        if as_json:
+            print_json(screen.as_json(shown))
+        else:
+            Console(soft_wrap=True).print(screen.render(shown))
+
+    terminal.run(work())
+
+
 # -- doctor and health ---------------------------------------------------------------------------
 
 
-@app.command(epilog=example("govledger doctor", "govledger doctor --strict --json"))
+@app.command(epilog=example("govledger doctor", "govledger doctor --strict"))
 def doctor(
     *,
     strict: Annotated[

@@ -12,6 +12,8 @@ import typer
 from ledger.service import terminal
 from ledger.service.command import (
     Json,
+    MetricsHost,
+    MetricsPort,
     ProjectionName,
     TenantName,
     Url,
@@ -83,6 +85,8 @@ def project(
     once: Annotated[
         bool, typer.Option("--once", help="Fold what there is now, print how much, and end.")
     ] = False,
+    metrics_port: MetricsPort = None,
+    metrics_host: MetricsHost = "127.0.0.1",
     url: Url = None,
     as_json: Json = False,
 ) -> None:
@@ -92,14 +96,23 @@ def project(
     twice.
     """
     terminal.spare_gc()
-    terminal.run(_project_once(url, as_json=as_json) if once else _project(url, as_json=as_json))
+    if once:
+        terminal.run(_project_once(url, as_json=as_json))
+    else:
+        terminal.run(_project(url, metrics_host, metrics_port, as_json=as_json))
 
 
-async def _project(url: str | None, *, as_json: bool) -> None:
-    from ledger.service.operate import ends_on_sigterm, run_projector
+async def _project(
+    url: str | None, metrics_host: str, metrics_port: int | None, *, as_json: bool
+) -> None:
+    from ledger.service.operate import ends_on_sigterm, run_projector, with_metrics
 
     terminal.show_logs()
-    async with ends_on_sigterm(), connect(url) as ledger:
+    async with (
+        ends_on_sigterm(),
+        connect(url) as ledger,
+        with_metrics(ledger, metrics_host, metrics_port),
+    ):
         address = ledger.server.address
         if as_json:
             print_json({"projecting": address})
@@ -201,6 +214,8 @@ def dev(
             "machine can then connect.",
         ),
     ] = None,
+    metrics_port: MetricsPort = None,
+    metrics_host: MetricsHost = "127.0.0.1",
     as_json: Json = False,
 ) -> None:
     """Run a durable server of one's own, a projector, and the scheduled jobs.
@@ -212,12 +227,21 @@ def dev(
     from ledger.service.operate import default_data_dir
 
     terminal.spare_gc()
-    terminal.run(_dev(data or default_data_dir(), port, as_json=as_json))
+    metrics = (metrics_host, metrics_port)
+    terminal.run(_dev(data or default_data_dir(), port, metrics, as_json=as_json))
 
 
-async def _dev(data_dir: Path, port: int | None, *, as_json: bool) -> None:
+async def _dev(
+    data_dir: Path, port: int | None, metrics: tuple[str, int | None], *, as_json: bool
+) -> None:
     from ledger.service.jobs import JobContext
-    from ledger.service.operate import DevServer, ends_on_sigterm, run_projector, together
+    from ledger.service.operate import (
+        DevServer,
+        ends_on_sigterm,
+        run_projector,
+        together,
+        with_metrics,
+    )
     from ledger.service.scheduler import Scheduler
 
     terminal.show_logs()
@@ -232,7 +256,7 @@ async def _dev(data_dir: Path, port: int | None, *, as_json: bool) -> None:
             print_lines(f"REDIS_URL={server.url}", *([f"REDIS_URL={tcp_url}"] if tcp_url else []))
             _log.info("what it acknowledges is on disk; projector and jobs run; Ctrl-C ends them")
         sys.stdout.flush()
-        async with server.connect() as ledger:
+        async with server.connect() as ledger, with_metrics(ledger, *metrics):
             scheduler = Scheduler(JobContext(ledger), ledger.server.settings.govledger_jobs)
             await together(run_projector(ledger), scheduler.run(), server.watch())
     _log.info("ended; the server stays for half a minute, or as long as others use it")

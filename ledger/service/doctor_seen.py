@@ -24,12 +24,14 @@ from ledger.service.inspection import (
     Standing,
     config,
     info,
+    oldest_unfolded_ms,
     ping_ms,
     scan,
+    server_now_ms,
     standings,
 )
 from ledger.service.runs import Run, last_runs
-from ledger.service.snapshot import is_local, server_now_ms
+from ledger.service.snapshot import is_local
 from ledger.settings import Settings
 
 __all__ = ["Node", "Seen", "look"]
@@ -262,29 +264,14 @@ async def _look_at_tenants(ledger: Ledger, seen: Seen) -> None:
     seen.misnamed = sorted(names - set(seen.tenants))[:NAMES_LIMIT]
     found = await _allowed(denied, "tenants", standings(ledger, seen.tenants))
     seen.standings = found or []
-    seen.oldest_unfolded_ms = await _allowed(denied, "streams", _oldest_unfolded(server, seen))
+    seen.oldest_unfolded_ms = await _allowed(
+        denied, "streams", oldest_unfolded_ms(server, seen.standings)
+    )
     seen.quarantined = await _allowed(denied, "quarantine", _quarantined(server, seen)) or {}
     if raw is not None:
         there = await _allowed(denied, "SCAN", _streams(server))
         if there is not None:
             seen.unregistered = sorted(there - names)[:NAMES_LIMIT]
-
-
-async def _oldest_unfolded(server: Server, seen: Seen) -> int | None:
-    asked = []
-    for one in seen.standings:
-        if one.behind and one.folded is not None and one.problem is None:
-            stream = keys.decisions(one.tenant)
-            begin = f"({one.folded.entry_id}"
-            asked.append((stream, pack("XRANGE", stream, begin, "+", "COUNT", 1)))
-    found = []
-    for reply in await server.exchange_each(asked):
-        entries = server.checked(reply)
-        if entries:
-            found.append(int(entries[0][0].partition(b"-")[0]))
-    new = [one for one in seen.standings if one.behind and one.folded is None and one.head]
-    found += [int(one.head.entry_id.partition("-")[0]) for one in new if one.head]
-    return min(found, default=None)
 
 
 async def _quarantined(server: Server, seen: Seen) -> dict[str, int]:

@@ -22,8 +22,7 @@ from ledger import errors, keys
 from ledger.events import ID_LENGTH_LIMIT, Decision, EscalationResolved, parse_stored
 from ledger.ledger import Ledger
 from ledger.server import pack
-from ledger.service.inspection import PROJECTIONS
-from ledger.service.snapshot import server_now_ms
+from ledger.service.inspection import PROJECTIONS, server_now_ms
 from ledger.stream import Entry, Position
 from projections.pending import Pending, pending_with_deadline, unlisted_from_seq
 from projections.projection import STATE

@@ -23,7 +23,10 @@ __all__ = [
     "config",
     "info",
     "number",
+    "oldest_unfolded_ms",
+    "ping_ms",
     "scan",
+    "server_now_ms",
     "standings",
 ]
 
@@ -210,3 +213,22 @@ async def ping_ms(server: Server, key: str, count: int) -> list[float]:
         await server.command(key, "PING")
         taken.append((time.perf_counter() - begun) * 1000)
     return sorted(taken)
+
+
+async def oldest_unfolded_ms(server: Server, found: Sequence[Standing]) -> int | None:
+    """When the oldest entry was recorded that is not folded yet, by the ledger's clock; None where
+    everything is folded. Tenants with a problem of their own are left out.
+    """
+    behind = [one for one in found if one.behind and one.problem is None]
+    asked = []
+    for one in behind:
+        stream, begin = keys.decisions(one.tenant), f"({one.folded.entry_id}" if one.folded else "-"
+        asked.append((stream, pack("XRANGE", stream, begin, "+", "COUNT", 1)))
+    entries = [server.checked(reply) for reply in await server.exchange_each(asked)]
+    return min((int(one[0][0].partition(b"-")[0]) for one in entries if one), default=None)
+
+
+async def server_now_ms(server: Server, key: str = "") -> int:
+    """The node's own clock, ms since 1970."""
+    seconds, micros = await server.command(key, "TIME")
+    return int(seconds) * 1000 + int(micros) // 1000

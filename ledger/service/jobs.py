@@ -18,13 +18,12 @@ from ledger.ledger import Ledger
 from ledger.server import Server
 from ledger.service.cleanup import Cleanup
 from ledger.service.expiry import Expiry
-from ledger.service.inspection import Standing, info, number, ping_ms, standings
+from ledger.service.inspection import Standing, info, number, ping_ms, server_now_ms, standings
 from ledger.service.snapshot import (
     POLL_MAX_S,
     SNAPSHOT_TIMEOUT_S,
     Retention,
     archive_snapshot,
-    server_now_ms,
     take_snapshot,
 )
 from ledger.settings import JobName

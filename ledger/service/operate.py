@@ -25,6 +25,7 @@ __all__ = [
     "prepare",
     "run_projector",
     "together",
+    "with_metrics",
 ]
 
 PREPARE_INTERVAL_S: Final = 600.0
@@ -74,6 +75,23 @@ async def ends_on_sigterm() -> AsyncIterator[None]:
         task.uncancel()
     finally:
         loop.remove_signal_handler(signal.SIGTERM)
+
+
+@asynccontextmanager
+async def with_metrics(ledger: Ledger, host: str, port: int | None) -> AsyncIterator[None]:
+    """Serves metrics while the block runs, where a port is given.
+
+    Raises:
+        InvalidInput: prometheus-client is missing, or the port cannot be listened on.
+    """
+    if port is None:
+        yield
+        return
+    from ledger.service.metrics import metrics_served
+
+    async with metrics_served(ledger, host, port) as listening:
+        _log.info("metrics on http://%s:%d/metrics", host, listening)
+        yield
 
 
 async def prepare(ledger: Ledger) -> None:

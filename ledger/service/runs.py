@@ -22,8 +22,8 @@ import orjson
 
 from ledger import errors, keys
 from ledger.server import Server
+from ledger.service.inspection import server_now_ms
 from ledger.service.jobs import JOBS, JobContext
-from ledger.service.snapshot import server_now_ms
 from ledger.settings import JobName
 
 __all__ = ["Run", "claim", "counts", "history", "last_runs", "perform", "running"]

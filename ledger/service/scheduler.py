@@ -77,6 +77,8 @@ class Scheduler:
         self._table = {job: one for job, one in table.items() if one.enabled}
         self._stop_after_s = stop_after_s
         self._running: dict[JobName, asyncio.Task[None]] = {}
+        self._performing: set[JobName] = set()
+        """Those that have begun; the others only wait for Redis."""
 
     async def run(self) -> None:
         """Runs what is due, and what was missed, until cancelled; then what runs may end."""
@@ -119,22 +121,26 @@ class Scheduler:
                     if slot_ms is None or not await claim(server, job, slot_ms):
                         return
                     claimed_ms = slot_ms
+                self._performing.add(job)
                 _tell(await perform(self._context, job, claimed_ms))
                 return
             except errors.Unavailable as error:
                 _log.warning("job %s waits: %s", job, error)
-                await asyncio.sleep(CLAIM_RETRY_S)
             except errors.LedgerError as error:
                 _log.error("job %s: %s", job, error)
                 return
+            finally:
+                self._performing.discard(job)
+            await asyncio.sleep(CLAIM_RETRY_S)
 
     async def _end(self) -> None:
         tasks = set(self._running.values())
-        if not tasks:
-            return
-        _log.info("ending: %s may go on for %g s", ", ".join(self._running), self._stop_after_s)
+        begun = {self._running[job] for job in self._performing}
         try:
-            await asyncio.wait(tasks, timeout=self._stop_after_s)
+            if begun:
+                names = ", ".join(sorted(self._performing))
+                _log.info("ending: %s may go on for %g s", names, self._stop_after_s)
+                await asyncio.wait(begun, timeout=self._stop_after_s)
         finally:
             for task in tasks:
                 task.cancel()

@@ -21,7 +21,7 @@ from typing import Final
 
 from ledger import errors
 from ledger.server import Server
-from ledger.service.inspection import config, info
+from ledger.service.inspection import config, info, server_now_ms
 
 __all__ = [
     "Archived",
@@ -29,7 +29,6 @@ __all__ = [
     "Snapshot",
     "archive_snapshot",
     "is_local",
-    "server_now_ms",
     "superfluous",
     "take_snapshot",
 ]
@@ -115,12 +114,6 @@ async def take_snapshot(
 
 async def _persistence(server: Server, key: str) -> dict[str, str]:
     return await info(server, key, "server", "persistence")
-
-
-async def server_now_ms(server: Server, key: str = "") -> int:
-    """The node's own clock, ms since 1970."""
-    seconds, micros = await server.command(key, "TIME")
-    return int(seconds) * 1000 + int(micros) // 1000
 
 
 def _in_time(server: Server, begun: float, timeout_s: float, what: str) -> None:
