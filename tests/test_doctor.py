@@ -192,6 +192,19 @@ async def test_the_attestation_is_left_for_others(fresh_server):
     assert receipt.durability == "fsynced"
 
 
+async def test_an_attestation_is_not_renewed_unseen(fresh_server):
+    """Who may not read CONFIG cannot keep what somebody else attested alive."""
+    own = fresh_server()
+    assert run(own.url, "doctor").code == 0
+    (key,) = own.cli("KEYS", keys.attestation("*"))
+    own.cli("EXPIRE", key, 100)
+    own.cli("ACL", "SETUSER", "few", "on", ">pw", "~*", "+@all", "-config")
+    few = own.url.replace("redis://", "redis://few:pw@")
+    assert run(few, "project", "--once").code == 0
+    assert run(few, "doctor").code == 0
+    assert 0 < own.cli("TTL", key) <= 100
+
+
 async def test_replicas_and_what_a_failover_takes(fresh_server):
     """A primary that waits for none of its replicas is a warning; a replica itself is danger."""
     primary = fresh_server()

@@ -134,6 +134,16 @@ def test_every_decision_has_an_expiry_id_that_fits(decision_id):
     assert event.decision_id == decision_id
 
 
+async def test_state_of_another_ledger_expires_nothing(ledger, tenant):
+    """Where the fold is of another epoch, what it calls pending may not be in this ledger."""
+    await ledger.append(tenant, escalation("over"))
+    await Projector(ledger).run_once([tenant])
+    await ledger.server.command("", "HSET", keys.head(tenant), "epoch", "0123456789abcdef")
+    with pytest.raises(errors.JobFailed, match="another epoch"):
+        await Expiry(ledger).run()
+    assert (await ledger.head(tenant)).seq == 1
+
+
 # -- snapshot ------------------------------------------------------------------------------------
 
 
@@ -178,6 +188,19 @@ async def test_a_snapshot_under_way_is_left_to_end(fresh_server, tenant):
         own.cli("BGSAVE")
         assert "skipped" in await JOBS["snapshot"](JobContext(ledger))
         assert await take_snapshot(ledger.server) is None
+
+
+async def test_a_snapshot_waits_for_a_rewrite(fresh_server, server, tenant):
+    """While the append-only file is rewritten BGSAVE is refused; the job waits and then saves."""
+    own = fresh_server(server.kind)
+    async with Ledger.connect(own.url) as ledger:
+        await ledger.append(tenant, escalation("d"))
+        own.cli("CONFIG", "SET", "rdb-key-save-delay", 50_000)
+        own.cli("BGREWRITEAOF")
+        assert own.cli("INFO", "persistence")["aof_rewrite_in_progress"] == 1
+        taken = await take_snapshot(ledger.server)
+        assert taken is not None
+        assert own.cli("INFO", "persistence")["rdb_saves"] == 1
 
 
 async def test_a_restart_in_the_middle_is_an_error(fresh_server, tenant):

@@ -39,7 +39,7 @@ def event(event_id: str, verdict: str = "allow") -> Decision:
 
 
 def samples(text: str) -> dict[tuple[str, ...], float]:
-    """By name and label values, in the order of the labels' names; a counter's `_total` is in its name."""
+    """By name, with `_total` for counters, and label values in the order of the labels' names."""
     return {
         (sample.name, *(value for _, value in sorted(sample.labels.items()))): sample.value
         for family in text_string_to_metric_families(text)
@@ -69,7 +69,7 @@ def service(spawn, tmp_path):
                 [*GOVLEDGER, *map(str, words), "--json", "--metrics-port", "0"],
                 stdout=subprocess.PIPE,
                 stderr=stderr,
-                env=environment(url, GOVLEDGER_JOBS=NO_JOBS),
+                env=environment(url, GOVLEDGER_JOBS=NO_JOBS, MEMORY_MAX_RECONNECT_ATTEMPTS="2"),
             )
         assert process.stdout.readline(), log.read_text()
         process.log = log
@@ -265,9 +265,9 @@ def test_no_command_prints_a_secret(fresh_server, words, right):
     for url, variables in (
         (f"redis://:{QUOTED}@{host}", {}),
         (f"redis://{host}", {"REDIS_PASSWORD": SECRET}),
-        (f"redis://:{QUOTED}@127.0.0.1:1", {"MEMORY_MAX_RECONNECT_ATTEMPTS": "0"}),
+        (f"redis://:{QUOTED}@127.0.0.1:1", {}),
     ):
-        done = run(url, *words, **variables)
+        done = run(url, *words, **variables, MEMORY_MAX_RECONNECT_ATTEMPTS="0")
         assert "hunter2" not in done.out + done.err, (url, done.out, done.err)
         assert "another one" not in done.out + done.err
 
@@ -313,6 +313,15 @@ async def test_no_repr_and_no_error_has_a_secret(fresh_server):
         ]
         shown += traceback.format_exception(error)
     assert not any("hunter2" in text for text in shown)
+
+
+def test_any_text_can_be_logged(capsys):
+    """What is no UTF-8, or would steer a terminal, neither breaks the log nor its reader."""
+    record = logging.LogRecord("x", logging.ERROR, __file__, 1, "a\udcff\x1b[2J\n%s", ("b",), None)
+    terminal._JsonHandler().emit(record)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert json.loads(line)["message"] == "a\\udcff\x1b[2J\nb"
+    assert "\x1b" not in line
 
 
 def test_a_url_in_any_message_is_masked(capsys):

@@ -124,6 +124,35 @@ async def test_a_clock_that_is_ahead_claims_nothing(fresh_server):
         assert await claim(ledger.server, "health", slot_ms - 3_600_000)
 
 
+async def test_a_claim_from_the_future_is_no_claim(fresh_server):
+    """A slot that nobody can have claimed yet, written by other hands, does not stop the job."""
+    async with Ledger.connect(fresh_server().url) as ledger:
+        server, slot_ms = ledger.server, int(time.time() * 1000)
+        for score in ("9e18", "inf"):
+            await server.command("", "ZADD", keys.JOBS_CLAIMED, score, "health")
+            slot_ms += 1
+            assert await claim(server, "health", slot_ms)
+            assert not await claim(server, "health", slot_ms)
+
+
+async def test_junk_among_the_runs_is_left_out(fresh_server):
+    """What is no run, or a count that is no number, is left out of what `jobs` lists."""
+    server = fresh_server()
+    async with Ledger.connect(server.url) as ledger:
+        assert run(server.url, "run", "health").code == 0
+        for raw in ("1", "{}", '{"job":1}', "\\xff", "[]"):
+            for key in (keys.JOBS_LAST, keys.JOBS_RUNNING):
+                await ledger.server.command("", "HSET", key, f"junk {raw}", raw)
+        await ledger.server.command("", "HSET", keys.JOB_COUNTS, "health ok", "many")
+        await ledger.server.command("", "HSET", keys.JOB_COUNTS, "junk", "-1")
+    done = run(server.url, "jobs", "--json")
+    assert done.code == 0, done.err
+    listed = {line["job"]: line for line in done.lines}
+    assert listed["health"]["last"]["status"] == "ok"
+    assert listed["health"]["runs"] == {}
+    assert run(server.url, "doctor").code == 0
+
+
 # -- processes -----------------------------------------------------------------------------------
 
 
@@ -245,6 +274,20 @@ async def test_sigterm_stops_a_job_that_takes_too_long(fresh_server, schedule, t
     async with Ledger.connect(server.url) as ledger:
         assert (await last_runs(ledger.server))["snapshot"].status == "stopped"
         assert await running(ledger.server) == []
+
+
+async def test_a_job_by_hand_that_is_stopped_has_not_succeeded(fresh_server, spawn, tenant):
+    """SIGTERM ends `govledger run` with 1, and the run is recorded as stopped."""
+    server = fresh_server()
+    async with Ledger.connect(server.url) as ledger:
+        await ledger.append(tenant, Decision(agent="a", action="b", verdict="allow"))
+        server.cli("CONFIG", "SET", "rdb-key-save-delay", 500_000)
+        process = spawn([*GOVLEDGER, "run", "snapshot"], env=environment(server.url))
+        while not await running(ledger.server):  # noqa: ASYNC110 - as above
+            await asyncio.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 1
+        assert (await last_runs(ledger.server))["snapshot"].status == "stopped"
 
 
 async def test_history_is_bounded_and_failures_are_kept(fresh_server):

@@ -142,8 +142,11 @@ def run(
         from ledger.service.operate import ends_on_sigterm
         from ledger.service.runs import perform
 
+        done = None
         async with ends_on_sigterm(), connect(url) as ledger:
             done = await perform(JobContext(ledger, _archive(archive, keep_last, keep_days)), job)
+        if done is None:
+            raise errors.JobFailed(f"{job}: stopped by SIGTERM", hint="it is safe to run it again")
         if done.status == "failed":
             raise errors.JobFailed(f"{job}: {done.result['error']}", hint=done.result.get("hint"))
         if as_json:

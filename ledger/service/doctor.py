@@ -496,7 +496,7 @@ def key_count(seen: Seen, node: Node) -> Result:
         return Result(
             "key count", "note", "no health samples of this run", meaning, "govledger schedule"
         )
-    counts = [int(one.get("keys", 0)) for one in node.samples]
+    counts = [number(one, "keys") for one in node.samples]
     found = f"{counts[0]} keys; {min(counts)} to {max(counts)} in {len(counts)} samples"
     if counts[0] * 2 >= max(counts):
         return Result("key count", "ok", found)

@@ -293,4 +293,4 @@ async def _claimed(server: Server) -> dict[str, int]:
     found = await server.command(
         keys.JOBS_CLAIMED, "ZRANGE", keys.JOBS_CLAIMED, 0, -1, "WITHSCORES"
     )
-    return {job.decode(errors="replace"): int(score) for job, score in found}
+    return {job.decode(errors="replace"): int(min(score, 2**53)) for job, score in found}

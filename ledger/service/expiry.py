@@ -139,6 +139,12 @@ class Expiry:
             return []
         after = position.seq if unlisted is None else unlisted - 1
         walk = await self._ledger.walk(tenant, after=after)
+        if walk.head.epoch != position.epoch:
+            raise errors.LedgerRolledBack(
+                f"tenant {tenant}: the state is of another epoch than the ledger",
+                hint=f"govledger rebuild {tenant}",
+                tenant=tenant,
+            )
         async with aclosing(walk.pages()) as pages:
             async for page in pages:
                 for entry in page:

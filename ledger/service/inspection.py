@@ -9,11 +9,12 @@ from datetime import UTC, datetime
 from typing import Any, Final
 
 import orjson
+from redis import exceptions as redis_errors
 
 from ledger import errors, keys
 from ledger.ledger import Ledger
 from ledger.server import Server, pack
-from ledger.stream import Head, Position, head_command, parse_head
+from ledger.stream import Head, Position, head_command, parse_head, split_id
 from projections.governance import Governance
 from projections.projection import Projection
 
@@ -59,9 +60,11 @@ async def config(server: Server, key: str, *names: str) -> dict[str, str]:
 
 
 def number(fields: dict[str, str], name: str) -> int:
-    """A field of INFO as a whole number; 0 where this server does not have it."""
-    text = fields.get(name, "0")
-    return int(float(text)) if text not in {"", "inf"} else 0
+    """A field of INFO, or of a sample, as a whole number; 0 where there is none."""
+    try:
+        return int(float(fields.get(name, "0")))
+    except (OverflowError, ValueError):
+        return 0
 
 
 async def scan(server: Server, pattern: str) -> AsyncIterator[tuple[str, list[bytes]]]:
@@ -158,7 +161,7 @@ def _standings_of(
         folded, published_ms, published_seq = None, None, None
         try:
             raw = server.checked(position)
-            folded = Position.parse(raw.decode()) if raw is not None else None
+            folded = _position(raw)
             published_ms, published_seq = _published(server.checked(tail))
         except errors.ServerError as error:
             problem = problem or str(error)
@@ -169,6 +172,15 @@ def _standings_of(
         )
         standing.problem = problem or _rolled_back(standing)
         found.append(standing)
+    return found
+
+
+def _position(raw: bytes | None) -> Position | None:
+    """ValueError for what is no position."""
+    if raw is None:
+        return None
+    found = Position.parse(raw.decode())
+    split_id(found.entry_id)
     return found
 
 
@@ -224,8 +236,12 @@ async def oldest_unfolded_ms(server: Server, found: Sequence[Standing]) -> int |
     for one in behind:
         stream, begin = keys.decisions(one.tenant), f"({one.folded.entry_id}" if one.folded else "-"
         asked.append((stream, pack("XRANGE", stream, begin, "+", "COUNT", 1)))
-    entries = [server.checked(reply) for reply in await server.exchange_each(asked)]
-    return min((int(one[0][0].partition(b"-")[0]) for one in entries if one), default=None)
+    replies = await server.exchange_each(asked)
+    denied = next((one for one in replies if isinstance(one, redis_errors.NoPermissionError)), None)
+    server.checked(denied)
+    # What is no stream has no entries; whoever folds or appends there names it.
+    entries = [one for one in replies if isinstance(one, list) and one]
+    return min((split_id(one[0][0])[0] for one in entries), default=None)
 
 
 async def server_now_ms(server: Server, key: str = "") -> int:

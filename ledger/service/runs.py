@@ -18,10 +18,12 @@ from dataclasses import asdict, dataclass
 from os import getpid
 from typing import Any, Final
 
+import msgspec
 import orjson
 
 from ledger import errors, keys
 from ledger.server import Server
+from ledger.service import terminal
 from ledger.service.inspection import server_now_ms
 from ledger.service.jobs import JOBS, JobContext
 from ledger.settings import JobName
@@ -79,9 +81,12 @@ async def claim(server: Server, job: str, slot_ms: int) -> bool:
     if holder is not None and holder.decode(errors="replace") != token:
         return False
     newest = await server.command(keys.JOBS_CLAIMED, "ZSCORE", keys.JOBS_CLAIMED, job)
-    if newest is not None and float(newest) >= slot_ms:
+    # Nobody can have claimed what is still to come: that was written by other hands.
+    possible = newest is not None and float(newest) <= slot_ms - ahead_ms + SLOT_AHEAD_LIMIT_MS
+    if possible and float(newest) >= slot_ms:
         return False
-    await server.command(keys.JOBS_CLAIMED, "ZADD", keys.JOBS_CLAIMED, "GT", slot_ms, job)
+    only_up = ("GT",) if possible or newest is None else ()
+    await server.command(keys.JOBS_CLAIMED, "ZADD", keys.JOBS_CLAIMED, *only_up, slot_ms, job)
     return True
 
 
@@ -111,7 +116,8 @@ async def perform(context: JobContext, job: JobName, slot_ms: int | None = None)
         status, result = "failed", {"error": error.message, "hint": error.hint}
     except Exception as error:  # noqa: BLE001 - logged; one job's defect must not end the others
         _log.exception("job %s: a defect", job)
-        status, result = "failed", {"error": f"{type(error).__name__}: {error}", "hint": None}
+        told = terminal.without_secrets(f"{type(error).__name__}: {error}")
+        status, result = "failed", {"error": told, "hint": None}
     ended = _ended(begun, status, clock, result)
     await _record(server, run_id, ended)
     return ended
@@ -165,7 +171,9 @@ async def running(server: Server) -> list[Run]:
 async def counts(server: Server) -> dict[tuple[str, str], int]:
     """How many runs have ended, by job and status."""
     raw = await server.command(keys.JOB_COUNTS, "HGETALL", keys.JOB_COUNTS)
-    pairs = {name.decode(errors="replace"): int(value) for name, value in raw.items()}
+    pairs = {
+        name.decode(errors="replace"): int(value) for name, value in raw.items() if value.isdigit()
+    }
     return {
         (job, status): n for name, n in pairs.items() for job, _, status in [name.partition(" ")]
     }
@@ -175,7 +183,7 @@ def _runs(raws: Sequence[bytes]) -> list[Run]:
     found = []
     for raw in raws:
         try:
-            found.append(Run(**orjson.loads(raw)))
-        except (TypeError, ValueError):
+            found.append(msgspec.json.decode(raw, type=Run))
+        except (msgspec.MsgspecError, ValueError):
             _log.warning("a run that is no run of ours lies among the jobs: %s", ascii(raw[:100]))
     return found

@@ -86,18 +86,11 @@ async def take_snapshot(
     """
     before = await _persistence(server, key)
     begun, begun_ms = time.monotonic(), await server_now_ms(server, key)
-    while before["aof_rewrite_in_progress"] != "0":  # BGSAVE is refused meanwhile
-        _in_time(server, begun, timeout_s, "an AOF rewrite is in the way")
-        await asyncio.sleep(POLL_MAX_S)
-        before = await _persistence(server, key)
     if before["rdb_bgsave_in_progress"] != "0":
         return None
-    try:
-        await server.command(key, "BGSAVE")
-    except errors.ServerError as error:
-        if "in progress" in error.message:
-            return None
-        raise errors.SnapshotFailed(f"BGSAVE was refused: {error.message}") from error
+    while not await _begin(server, key):
+        _in_time(server, begun, timeout_s, "an AOF rewrite is in the way")
+        await asyncio.sleep(POLL_MAX_S)
     pause_s = POLL_S
     while True:
         now = await _persistence(server, key)
@@ -110,6 +103,19 @@ async def take_snapshot(
     taken_s = time.monotonic() - begun
     path = await _dump_path(server, key)
     return Snapshot(now["run_id"], begun_ms, taken_s, path, not is_local(server))
+
+
+async def _begin(server: Server, key: str) -> bool:
+    """Whether a save has begun; not while the append-only file is rewritten."""
+    try:
+        await server.command(key, "BGSAVE")
+    except errors.ServerError as error:
+        if "already in progress" in error.message:
+            return True  # begun since we looked, by us where the first answer was lost
+        if "child process is active" in error.message:
+            return False
+        raise errors.SnapshotFailed(f"BGSAVE was refused: {error.message}") from error
+    return True
 
 
 async def _persistence(server: Server, key: str) -> dict[str, str]:

@@ -40,6 +40,7 @@ __all__ = [
     "show_logs",
     "show_warnings",
     "spare_gc",
+    "without_secrets",
 ]
 
 EXIT_NEGATIVE: Final = 1
@@ -60,7 +61,7 @@ _EXIT_CODES: Final[tuple[tuple[type[errors.LedgerError], int], ...]] = (
 )
 
 _SECRET_MIN_LENGTH: Final = 3
-_URL_PASSWORD: Final = re.compile(r"(\w://[^\s/@:]*:)[^\s@]+@")
+_URL_PASSWORD: Final = re.compile(r"(\w://[^\s/@:]*:)[^\s@]{1,512}@")
 _secrets: set[str] = set()
 
 
@@ -115,7 +116,8 @@ def hide_settings(settings: Settings) -> None:
     hide_secrets(settings.redis_url, password.get_secret_value() if password else None)
 
 
-def _without_secrets(text: str) -> str:
+def without_secrets(text: str) -> str:
+    """`text` with `***` for what is known to be secret, and for the password of any URL in it."""
     text = _URL_PASSWORD.sub(r"\1***@", text)
     for secret in sorted(_secrets, key=len, reverse=True):
         text = text.replace(secret, "***")
@@ -127,7 +129,7 @@ def _cleaned(value: Any) -> Any:
         return {name: _cleaned(item) for name, item in value.items()}
     if isinstance(value, list):
         return [_cleaned(item) for item in value]
-    return _without_secrets(value) if isinstance(value, str) else value
+    return without_secrets(value) if isinstance(value, str) else value
 
 
 # -- stderr ------------------------------------------------------------------------------------
@@ -142,7 +144,7 @@ def printable(text: str) -> str:
 
 def say(line: str) -> None:
     """One line to the person at the terminal, where the output proper does not go."""
-    print(_without_secrets(printable(line)), file=sys.stderr, flush=True)
+    print(without_secrets(printable(line)), file=sys.stderr, flush=True)
 
 
 def print_error(error: errors.LedgerError, *, as_json: bool) -> None:
@@ -176,7 +178,9 @@ class _JsonHandler(logging.Handler):
         }
         if record.exc_info:
             told["exception"] = "".join(traceback.format_exception(*record.exc_info))
-        print(orjson.dumps(_cleaned(told)).decode(), file=sys.stderr, flush=True)
+        whole = {name: str(text).encode(errors="backslashreplace") for name, text in told.items()}
+        shown = {name: text.decode() for name, text in whole.items()}
+        print(orjson.dumps(_cleaned(shown)).decode(), file=sys.stderr, flush=True)
 
 
 class _StderrHandler(logging.Handler):
