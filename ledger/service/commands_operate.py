@@ -157,14 +157,17 @@ def run(
     terminal.run(work())
 
 
-@app.command(epilog=example("govledger jobs", "govledger jobs snapshot --json"))
+@app.command(epilog=example("govledger jobs", "govledger jobs --json"))
 def jobs(
     name: Annotated[str | None, typer.Argument(metavar="[JOB]", show_default=False)] = None,
     *,
     url: Url = None,
     as_json: Json = False,
 ) -> None:
-    """List what ran, when, how long, with what result; of one JOB its last hundred runs."""
+    """List the jobs: what ran, when, how long, with what result.
+
+    Of one JOB: its last hundred runs, the newest first.
+    """
     job = _job(name) if name else None
 
     async def work() -> None:
@@ -272,7 +275,7 @@ def top(
     url: Url = None,
     as_json: Json = False,
 ) -> None:
-    """Watch tenants by append rate, their verdicts, the projector's lag, the server's load.
+    """Watch append rates, verdicts, lag and load, live.
 
     Without a terminal, or with --json, it prints once and ends.
     """
