@@ -131,9 +131,9 @@ def run(
     url: Url = None,
     as_json: Json = False,
 ) -> None:
-    """Run a job now: expire, snapshot, cleanup, aof-rewrite, refresh or health.
+    """Run a job now, by its name.
 
-    It is what `govledger schedule` runs at the job's times; that goes on as it would.
+    There are expire, snapshot, cleanup, aof-rewrite, refresh and health. It is what `govledger schedule` runs at the job's times; that goes on as it would.
     """
     job = _job(name)
 
@@ -313,9 +313,9 @@ def doctor(
     url: Url = None,
     as_json: Json = False,
 ) -> None:
-    """Examine server and ledger: what is wrong, what that means, and what to set.
+    """Examine server and ledger, and say what to set.
 
-    Exits with 1 where there is danger: decisions are or will be lost, or cannot be recorded. It
+    Each finding says what it means for this ledger. Exits with 1 where there is danger: decisions are or will be lost, or cannot be recorded. It
     changes nothing; it leaves what it read of the durability settings for clients that may not.
     """
 
@@ -346,9 +346,9 @@ def health(
     url: Url = None,
     as_json: Json = False,
 ) -> None:
-    """Probe whether decisions can be recorded now: exits with 0 or 1, fast.
+    """Probe whether decisions can be recorded now.
 
-    It connects once and asks every primary; it writes nothing. For the reasons: govledger doctor.
+    Exits with 0 or 1, fast. It connects once and asks every primary; it writes nothing. For the reasons: govledger doctor.
     """
 
     async def work() -> str:

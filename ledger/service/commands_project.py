@@ -218,7 +218,7 @@ def dev(
     metrics_host: MetricsHost = "127.0.0.1",
     as_json: Json = False,
 ) -> None:
-    """Run a durable server of one's own, a projector, and the scheduled jobs.
+    """Run a server of one's own, a projector, and the jobs.
 
     Prints the REDIS_URL to use, and runs until SIGTERM or Ctrl-C. Where the directory's server runs
     already, for a command or another `dev`, it is shared; one that dies is started again. It ends
