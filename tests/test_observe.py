@@ -113,7 +113,8 @@ async def test_metrics_tell_what_the_ledger_did(fresh_server, service, tenant):
     assert found["govledger_redis_keys", ""] >= 4
     assert found["govledger_redis_commands_processed_total", ""] > 0
     server.kill()
-    assert await asyncio.to_thread(scraped, process.port) == {("govledger_up",): 0}
+    down = await scraped_when(process.port, lambda found: found["govledger_up",] == 0)
+    assert down == {("govledger_up",): 0}
     server.restart()
     await scraped_when(process.port, lambda found: found["govledger_up",] == 1)
     process.send_signal(signal.SIGTERM)

@@ -133,7 +133,8 @@ def run(
 ) -> None:
     """Run a job now, by its name.
 
-    There are expire, snapshot, cleanup, aof-rewrite, refresh and health. It is what `govledger schedule` runs at the job's times; that goes on as it would.
+    There are expire, snapshot, cleanup, aof-rewrite, refresh and health. It is what `govledger
+    schedule` runs at the job's times; that goes on as it would.
     """
     job = _job(name)
 
@@ -315,8 +316,9 @@ def doctor(
 ) -> None:
     """Examine server and ledger, and say what to set.
 
-    Each finding says what it means for this ledger. Exits with 1 where there is danger: decisions are or will be lost, or cannot be recorded. It
-    changes nothing; it leaves what it read of the durability settings for clients that may not.
+    Each finding says what it means for this ledger. Exits with 1 where there is danger: decisions
+    are or will be lost, or cannot be recorded. It changes nothing; it leaves what it read of the
+    durability settings for clients that may not.
     """
 
     async def work() -> str:
@@ -329,9 +331,10 @@ def doctor(
         except errors.Unavailable as error:
             results = [unreachable(error)]
         if as_json:
-            print_json(report_json(address, results))
+            print_json(terminal.cleaned(report_json(address, results)))
         else:
-            print_lines(*(terminal.printable(line) for line in report_lines(results)))
+            lines = map(terminal.printable, report_lines(results))
+            print_lines(*map(terminal.without_secrets, lines))
         return worst(results)
 
     _end_with(work(), lambda level: level == "danger" or (strict and level == "warning"))
@@ -348,13 +351,14 @@ def health(
 ) -> None:
     """Probe whether decisions can be recorded now.
 
-    Exits with 0 or 1, fast. It connects once and asks every primary; it writes nothing. For the reasons: govledger doctor.
+    Exits with 0 or 1, fast. It connects once and asks every primary; it writes nothing. For the
+    reasons: govledger doctor.
     """
 
     async def work() -> str:
         from ledger.service.health import probe
 
-        found = await probe(_settings(url), timeout_s)
+        found = terminal.cleaned(await probe(_settings(url), timeout_s))
         if as_json:
             print_json(found)
         else:

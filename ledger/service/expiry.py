@@ -122,8 +122,12 @@ class Expiry:
         position, raw = await self._server.command(fold, "HMGET", fold, "position", STATE)
         if position is None or raw is None:
             return 0
-        pending = await self._pending(tenant, Position.parse(position.decode()), orjson.loads(raw))
+        state = orjson.loads(raw)
+        pending = pending_with_deadline(state)
         overdue = [one for one in pending if one.deadline_ms <= now_ms]
+        if overdue or unlisted_from_seq(state) is not None:
+            pending = await self._pending(tenant, Position.parse(position.decode()), state)
+            overdue = [one for one in pending if one.deadline_ms <= now_ms]
         expired = await self._append(tenant, overdue)
         later = [one.deadline_ms for one in pending if one.deadline_ms > now_ms]
         self._seen[tenant] = _Seen(position, min(later, default=None))
@@ -135,8 +139,6 @@ class Expiry:
         """Listed or not, and not resolved by what was recorded behind the fold."""
         pending = {one.decision_id: one.deadline_ms for one in pending_with_deadline(state)}
         unlisted = unlisted_from_seq(state)
-        if not pending and unlisted is None:
-            return []
         after = position.seq if unlisted is None else unlisted - 1
         walk = await self._ledger.walk(tenant, after=after)
         if walk.head.epoch != position.epoch:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager
 from typing import Final
@@ -34,6 +35,7 @@ TENANT_SERIES_LIMIT: Final = 200
 GATHER_TIMEOUT_S: Final = 8.0
 """Prometheus itself gives up after 10 s."""
 
+SHARED_S: Final = 0.5
 _log = logging.getLogger("ledger")
 
 _NODE_GAUGES: Final = (
@@ -184,6 +186,8 @@ class _LedgerCollector(Collector):
     def __init__(self, ledger: Ledger, loop: asyncio.AbstractEventLoop) -> None:
         self._ledger = ledger
         self._loop = loop
+        self._lock = asyncio.Lock()
+        self._seen: Observation | None = None
 
     def describe(self) -> Iterable[Metric]:
         """Nothing: or the registry would collect at once."""
@@ -200,8 +204,13 @@ class _LedgerCollector(Collector):
         yield from metrics(seen)
 
     async def _observed(self) -> Observation:
-        async with asyncio.timeout(GATHER_TIMEOUT_S):
-            return await observe(self._ledger)
+        """One look at a time; scrapes that come together share it."""
+        async with asyncio.timeout(GATHER_TIMEOUT_S), self._lock:
+            fresh_from = time.monotonic() - SHARED_S
+            if self._seen is None or self._seen.taken_at < fresh_from:
+                self._seen = None
+                self._seen = await observe(self._ledger)
+            return self._seen
 
 
 @asynccontextmanager

@@ -112,7 +112,7 @@ class Scheduler:
         task.add_done_callback(lambda _: self._running.pop(job, None))
 
     async def _attend(self, job: JobName) -> None:
-        server, claimed_ms = self._context.ledger.server, None
+        server, claimed_ms, told = self._context.ledger.server, None, ""
         while True:
             try:
                 if claimed_ms is None:
@@ -125,7 +125,9 @@ class Scheduler:
                 _tell(await perform(self._context, job, claimed_ms))
                 return
             except errors.Unavailable as error:
-                _log.warning("job %s waits: %s", job, error)
+                level = logging.DEBUG if str(error) == told else logging.WARNING
+                _log.log(level, "job %s waits: %s", job, error)
+                told = str(error)
             except errors.LedgerError as error:
                 _log.error("job %s: %s", job, error)
                 return

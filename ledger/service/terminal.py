@@ -29,6 +29,7 @@ from ledger.settings import Settings
 
 __all__ = [
     "EXIT_BAD_INPUT",
+    "cleaned",
     "exit_code",
     "hide_secrets",
     "hide_settings",
@@ -124,11 +125,12 @@ def without_secrets(text: str) -> str:
     return text
 
 
-def _cleaned(value: Any) -> Any:
+def cleaned(value: Any) -> Any:
+    """The JSON value with every string in it `without_secrets`."""
     if isinstance(value, dict):
-        return {name: _cleaned(item) for name, item in value.items()}
+        return {name: cleaned(item) for name, item in value.items()}
     if isinstance(value, list):
-        return [_cleaned(item) for item in value]
+        return [cleaned(item) for item in value]
     return without_secrets(value) if isinstance(value, str) else value
 
 
@@ -152,7 +154,7 @@ def print_error(error: errors.LedgerError, *, as_json: bool) -> None:
     if as_json:
         shown = {"error": type(error).__name__, "message": error.message, "hint": error.hint}
         extra = {name: error.facts[name] for name in ("lines", "landed") if name in error.facts}
-        print(orjson.dumps(_cleaned({**shown, **extra})).decode(), file=sys.stderr, flush=True)
+        print(orjson.dumps(cleaned({**shown, **extra})).decode(), file=sys.stderr, flush=True)
         return
     lines = error.facts.get("lines")
     for line in lines if isinstance(lines, list) else ():
@@ -180,7 +182,7 @@ class _JsonHandler(logging.Handler):
             told["exception"] = "".join(traceback.format_exception(*record.exc_info))
         whole = {name: str(text).encode(errors="backslashreplace") for name, text in told.items()}
         shown = {name: text.decode() for name, text in whole.items()}
-        print(orjson.dumps(_cleaned(shown)).decode(), file=sys.stderr, flush=True)
+        print(orjson.dumps(cleaned(shown)).decode(), file=sys.stderr, flush=True)
 
 
 class _StderrHandler(logging.Handler):
