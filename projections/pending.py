@@ -40,5 +40,5 @@ def pending_with_deadline(state: dict[str, Any]) -> list[Pending]:
 
 def unlisted_from_seq(state: dict[str, Any]) -> int | None:
     """From which entry on the stream has to be read for those that the state only counts."""
-    first: int | None = state.get("pending_unlisted_from_seq")
-    return first
+    first = state.get("pending_unlisted_from_seq")
+    return None if first is None else int(first)

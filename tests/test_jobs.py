@@ -17,6 +17,7 @@ from ledger.service.expiry import Expiry, expiry_event
 from ledger.service.jobs import JOBS, Archive, JobContext
 from ledger.service.snapshot import Retention, archive_snapshot, superfluous, take_snapshot
 from projections import Projector, StateReader
+from projections.governance import Governance
 from projections.governance_state import PENDING_LIMIT
 from tests.servers import new_tenant
 
@@ -125,6 +126,29 @@ async def test_a_taken_id_fails_loudly_and_alone(ledger, tenant):
     assert (await ledger.get(other, "expire:other")).type == "escalation.resolved"
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "no json",
+        "[]",
+        '{"pending":{"x":{}}}',
+        '{"pending":[1]}',
+        '{"pending_unlisted_from_seq":"x"}',
+    ],
+)
+async def test_damaged_fold_state_stops_its_own_tenant_alone(ledger, tenant, damage):
+    """Whatever somebody wrote over a tenant's folded state, the others' escalations expire."""
+    other = new_tenant()
+    await ledger.append(tenant, escalation("d"))
+    await ledger.append(other, escalation("d"))
+    await Projector(ledger).run_once()
+    fold = keys.projection(tenant, "governance", Governance().version)
+    await ledger.server.command(fold, "HSET", fold, "state", damage)
+    with pytest.raises(errors.JobFailed, match=f"1 of 2 tenants.*{tenant}"):
+        await Expiry(ledger).run()
+    assert (await ledger.get(other, "expire:d")).type == "escalation.resolved"
+
+
 @given(st.text(st.characters(min_codepoint=128, max_codepoint=0x2FFF), min_size=1, max_size=128))
 def test_every_decision_has_an_expiry_id_that_fits(decision_id):
     """The id is within the ledger's limit, and the same event is made each time."""
@@ -195,7 +219,7 @@ async def test_a_snapshot_waits_for_a_rewrite(fresh_server, server, tenant):
     own = fresh_server(server.kind)
     async with Ledger.connect(own.url) as ledger:
         await ledger.append(tenant, escalation("d"))
-        own.cli("CONFIG", "SET", "rdb-key-save-delay", 50_000)
+        own.cli("CONFIG", "SET", "rdb-key-save-delay", 100_000)
         own.cli("BGREWRITEAOF")
         assert own.cli("INFO", "persistence")["aof_rewrite_in_progress"] == 1
         taken = await take_snapshot(ledger.server)
@@ -394,16 +418,17 @@ async def test_cleanup_deletes_folds_of_retired_versions(ledger, tenant):
     await Projector(ledger).run_once([tenant])
     from ledger.service import cleanup
 
-    newer = type("Newer", (), {"name": "governance", "version": 3})
-    old = [keys.projection(tenant, "governance", 1), keys.projection(tenant, "governance", 2)]
-    bucket = keys.projection_bucket(tenant, "governance", 2, 1023)
+    now = Governance().version
+    newer = type("Newer", (), {"name": "governance", "version": now + 2})
+    old = [keys.projection(tenant, "governance", version) for version in (now, now + 1)]
+    bucket = keys.projection_bucket(tenant, "governance", now + 1, 1023)
     for key in (*old, bucket):
         await ledger.server.command(key, "HSET", key, "x", "1")
     active = keys.projection_active(tenant)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cleanup, "PROJECTIONS", (newer,))
-        assert (await Cleanup(ledger, 0).run())["retired_folds"] == 0  # active is 1: readers' own
-        await ledger.server.command(active, "HSET", active, "governance", 3)
+        assert (await Cleanup(ledger, 0).run())["retired_folds"] == 0  # readers take it
+        await ledger.server.command(active, "HSET", active, "governance", now + 2)
         assert (await Cleanup(ledger, 0).run())["retired_folds"] == 3
     assert await ledger.server.command(bucket, "EXISTS", bucket) == 0
     assert (await ledger.head(tenant)).seq == 1

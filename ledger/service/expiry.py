@@ -122,11 +122,17 @@ class Expiry:
         position, raw = await self._server.command(fold, "HMGET", fold, "position", STATE)
         if position is None or raw is None:
             return 0
-        state = orjson.loads(raw)
-        pending = pending_with_deadline(state)
+        try:
+            folded, state = Position.parse(position.decode()), orjson.loads(raw)
+            pending, unlisted = pending_with_deadline(state), unlisted_from_seq(state)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise errors.JobFailed(
+                f"tenant {tenant}: its folded state is damaged: {error!r}",
+                hint=f"govledger rebuild {tenant}",
+            ) from error
         overdue = [one for one in pending if one.deadline_ms <= now_ms]
-        if overdue or unlisted_from_seq(state) is not None:
-            pending = await self._pending(tenant, Position.parse(position.decode()), state)
+        if overdue or unlisted is not None:
+            pending = await self._pending(tenant, folded, pending, unlisted)
             overdue = [one for one in pending if one.deadline_ms <= now_ms]
         expired = await self._append(tenant, overdue)
         later = [one.deadline_ms for one in pending if one.deadline_ms > now_ms]
@@ -134,11 +140,10 @@ class Expiry:
         return expired
 
     async def _pending(
-        self, tenant: str, position: Position, state: dict[str, Any]
+        self, tenant: str, position: Position, listed: list[Pending], unlisted: int | None
     ) -> list[Pending]:
         """Listed or not, and not resolved by what was recorded behind the fold."""
-        pending = {one.decision_id: one.deadline_ms for one in pending_with_deadline(state)}
-        unlisted = unlisted_from_seq(state)
+        pending = {one.decision_id: one.deadline_ms for one in listed}
         after = position.seq if unlisted is None else unlisted - 1
         walk = await self._ledger.walk(tenant, after=after)
         if walk.head.epoch != position.epoch:

@@ -7,6 +7,7 @@ raises makes the run a failed one.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -61,6 +62,8 @@ class JobContext:
     def __post_init__(self) -> None:
         self.expiry = Expiry(self.ledger)
 
+
+_log = logging.getLogger("ledger")
 
 Job = Callable[[JobContext], Awaitable[dict[str, Any]]]
 
@@ -153,7 +156,7 @@ async def refresh(context: JobContext) -> dict[str, Any]:
     due = sorted({one.tenant for one in found if is_due_for_refresh(one, ttl_seconds, now_ms)})
     if not due:
         return {"refreshed": 0, "tenants": len(found)}
-    folded, failed = 0, {}
+    folded, failed = 0, dict[str, str]()
     projector = Projector(ledger)
     for tenant in due:
         try:
@@ -163,7 +166,10 @@ async def refresh(context: JobContext) -> dict[str, Any]:
         except errors.Unavailable:
             raise
         except errors.LedgerError as error:
-            failed[tenant] = error
+            failed[tenant] = str(error)
+        except Exception as error:  # noqa: BLE001 - logged; it must not stop the other tenants
+            _log.exception("tenant %s: a defect in a fold", tenant)
+            failed[tenant] = repr(error)
     if failed:
         tenant, first = next(iter(failed.items()))
         raise errors.JobFailed(
