@@ -101,6 +101,16 @@ async def test_a_bad_setting_is_found_and_its_remedy_works(
         assert after.level == "ok"
 
 
+async def test_strict_makes_a_warning_count(fresh_server):
+    """A warning exits with 0, and with --strict with 1."""
+    own = fresh_server(password="geheim", config={"appendfsync": "everysec"})
+    await folded_tenant(own)
+    assert run(own.url, "doctor", GOVLEDGER_JOBS=NO_JOBS).code == 0
+    strict = run(own.url, "doctor", "--strict", GOVLEDGER_JOBS=NO_JOBS)
+    assert strict.code == 1
+    assert "a power cut now loses up to a second or two of acknowledged decisions" in strict.out
+
+
 async def test_a_server_without_a_password_is_told_so(fresh_server):
     """Where a stranger gets in, the doctor says who could do what; on this machine a warning."""
     assert (await levels(fresh_server()))["authentication"] == "warning"

@@ -173,6 +173,16 @@ async def test_counting_is_never_in_the_way(fresh_server, server, tenant):
         with pytest.raises(errors.ConflictingEvent):
             await ledger.append(tenant, event("one", "deny"))
     assert own.cli("HGET", keys.head(tenant), "duplicates") is None
+    async with Ledger.connect(own.url) as ledger:
+        again = [event("one"), event("new"), event("one")]
+        assert [one.duplicate for one in await ledger.append_many(tenant, again)] == [
+            True,
+            False,
+            True,
+        ]
+        with pytest.raises(errors.ConflictingEvent):
+            await ledger.append(tenant, event("one", "deny"))
+    assert own.cli("HMGET", keys.head(tenant), "duplicates", "conflicts") == ["2", "1"]
 
 
 # -- top -----------------------------------------------------------------------------------------
