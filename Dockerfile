@@ -6,12 +6,12 @@ WORKDIR /app
 
 # Dependencies first: they change less often than the code.
 COPY pyproject.toml uv.lock ./
-RUN uv sync --locked --no-dev --no-install-project
+RUN uv sync --locked --no-dev --extra metrics --no-install-project
 
 COPY README.md LICENSE ./
 COPY ledger ledger
 COPY projections projections
-RUN uv sync --locked --no-dev --no-editable
+RUN uv sync --locked --no-dev --extra metrics --no-editable
 
 FROM python:3.12-slim
 

@@ -30,6 +30,8 @@
     │   ├── EmbeddedServerError      the private server did not start
     │   └── StateUnavailable         a reader is cut off, and what it has is too old to be served
     ├── ServerError                  the server refused the command for a reason we do not know
+    ├── JobFailed                    a scheduled job did not do what it is for
+    │   └── SnapshotFailed           BGSAVE or the copy of its dump failed
     ├── NotFound                     no such tenant, entry or state
     ├── EntriesMissing               the record has a hole
     ├── NotCaughtUp                  the projection has not folded that far yet
@@ -62,6 +64,7 @@ __all__ = [
     "InvalidInput",
     "InvalidSetting",
     "InvalidTenant",
+    "JobFailed",
     "LeaseHeld",
     "LedgerError",
     "LedgerRolledBack",
@@ -79,6 +82,7 @@ __all__ = [
     "ServerInUse",
     "ServerLoading",
     "ServerUnreachable",
+    "SnapshotFailed",
     "StateUnavailable",
     "StreamBlocked",
     "TargetExists",
@@ -231,6 +235,14 @@ class StateUnavailable(Unavailable):
 
 class ServerError(LedgerError):
     """The server answered with an error that has no name of its own here."""
+
+
+class JobFailed(LedgerError):
+    """A scheduled job did not do what it is for; it runs again at its next time."""
+
+
+class SnapshotFailed(JobFailed):
+    """A snapshot was not made, or its dump could not be copied out."""
 
 
 class NotFound(LedgerError, LookupError):

@@ -275,6 +275,12 @@ local function write_group(stream, group, new, args, known, head, ms, index_args
   head.seq = seq
 end
 
+-- For metrics alone: who has no right to count appends all the same.
+local function count_refused(head_key, duplicates, conflicts)
+  if duplicates > 0 then redis.pcall('HINCRBY', head_key, 'duplicates', duplicates) end
+  if conflicts > 0 then redis.pcall('HINCRBY', head_key, 'conflicts', conflicts) end
+end
+
 local function append_groups(keys, args, head, ms)
   local groups, ids = read_groups(args)
   local found, known = call('HMGET', keys[3], unpack(ids)), {}
@@ -285,16 +291,18 @@ local function append_groups(keys, args, head, ms)
       known[ids[i]] = value
     end
   end
-  local results, index_args, before = {}, {}, head.seq
+  local results, index_args, before, repeated, conflicts = {}, {}, head.seq, 0, 0
   for g, group in ipairs(groups) do
     local first_seq = head.seq + 1
     local new, refusal, duplicates = plan(group, args, known, head, ms)
     if refusal then
       for _, event in ipairs(new) do known[args[event]] = nil end
       results[g] = refusal
+      if refusal[1] == 1 then conflicts = conflicts + 1 end
     else
       write_group(keys[1], group, new, args, known, head, ms, index_args)
       results[g] = {0, ms, first_seq, duplicates}
+      repeated = repeated + #duplicates / 3
     end
   end
   if #index_args > 0 then
@@ -305,6 +313,7 @@ local function append_groups(keys, args, head, ms)
     head.own = head.own + written
     if head.new then write_head(keys[2], head) else write_tail(keys[2], head) end
   end
+  if head.seq > 0 then count_refused(keys[2], repeated, conflicts) end
   return results, #index_args > 0
 end
 

@@ -22,7 +22,14 @@ from ledger.errors import InvalidInput, InvalidTenant
 __all__ = [
     "ATTESTATION_TTL_SECONDS",
     "FEED",
+    "HEALTH_SAMPLES",
+    "JOBS_CLAIMED",
+    "JOBS_LAST",
+    "JOBS_RUNNING",
+    "JOB_COUNTS",
+    "JOB_SLOT_TTL_SECONDS",
     "MEMORY_PREFIX",
+    "MEMORY_STALE",
     "RECORDS",
     "TENANTS",
     "agent_key",
@@ -36,7 +43,10 @@ __all__ = [
     "importing",
     "index",
     "index_rebuild",
+    "is_disposable",
     "is_tenant",
+    "job_history",
+    "job_slot",
     "lease",
     "memory_key",
     "projection",
@@ -68,6 +78,27 @@ FEED: Final = f"{LEDGER}:_:feed:0"
 
 ATTESTATION_TTL_SECONDS: Final = 86_400
 """The one ledger key here with a TTL: what an operator's process saw of a server's settings."""
+
+JOB_SLOT_TTL_SECONDS: Final = 2 * 86_400
+"""How long a claimed slot of a job is remembered; `JOBS_CLAIMED` keeps the newest for ever."""
+
+JOBS_CLAIMED: Final = f"{LEDGER}:_:jobs:claimed"
+"""Sorted set: job → the newest slot that somebody claimed, in ms since 1970."""
+
+JOBS_RUNNING: Final = f"{LEDGER}:_:jobs:running"
+"""Hash: run id → what runs now, as JSON; what a killed process left is dropped by the cleanup."""
+
+JOBS_LAST: Final = f"{LEDGER}:_:jobs:last"
+"""Hash: job → its last run, as JSON."""
+
+JOB_COUNTS: Final = f"{LEDGER}:_:jobs:counts"
+"""Hash: `<job> <status>` → how many runs have ended so."""
+
+HEALTH_SAMPLES: Final = f"{LEDGER}:_:health:samples"
+"""Stream of what the health job saw of the server; capped."""
+
+MEMORY_STALE: Final = f"{MEMORY}:stale:"
+"""What begins so is rubbish by the operations guide's word: its `cleanup('stale:*')`."""
 
 _TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _RESERVED_TENANTS: Final = frozenset({"stale"})
@@ -254,3 +285,28 @@ def cache_key(tenant: str, name: str) -> str:
 def attestation(run_id: str) -> str:
     """Hash: what an operator's process read of the settings of the server with this run_id."""
     return f"{LEDGER}:_:attestation:{run_id}"
+
+
+def job_slot(job: str, slot_ms: int) -> str:
+    """String: who claimed this run of a job; has the TTL above."""
+    return f"{LEDGER}:_:job-slot:{job}:{slot_ms}"
+
+
+def job_history(job: str) -> str:
+    """Stream: a job's runs, the newest hundred."""
+    return f"{LEDGER}:_:jobs:history:{job}"
+
+
+_PROJECTION_KEY = re.compile(
+    re.escape(LEDGER.encode())
+    + rb":\{[A-Za-z0-9][A-Za-z0-9._-]{0,63}\}:projection:[A-Za-z0-9_-]{1,64}@\d{1,9}(:\d{1,4})?"
+)
+
+
+def is_disposable(key: bytes) -> bool:
+    """Whether a cleanup may delete the key at all: memory keys, and fold state of a projection.
+
+    No stream, index, head, evidence or registry ever is, whatever a pattern or a name says.
+    """
+    in_memory_store = key.startswith(f"{MEMORY}:".encode())
+    return in_memory_store or _PROJECTION_KEY.fullmatch(key) is not None

@@ -79,6 +79,8 @@ class NodeSettings:
     maxmemory_policy: str | None = None
     aof_begins: bool = False
     """The append-only file is still being made: until then a crash loses what was fsynced."""
+    by_attestation: bool = False
+    """Known by what another process left, not by CONFIG."""
     run_id: str | None = None
     version: str | None = None
     read_at: float = field(default_factory=time.monotonic)
@@ -548,7 +550,8 @@ class Server:
         """
         seen, info = _config(replies[0]), _info(replies[1])
         before = self.last_settings(key)
-        if not seen and info.get("run_id"):
+        by_attestation = not seen and "run_id" in info
+        if by_attestation:
             seen = await self._attested(info["run_id"])
         known = NodeSettings(
             appendonly=seen.get("appendonly"),
@@ -556,6 +559,7 @@ class Server:
             no_fsync_on_rewrite=seen.get("no-appendfsync-on-rewrite"),
             maxmemory_policy=seen.get("maxmemory-policy") or info.get("maxmemory_policy"),
             aof_begins=_aof_begins(info, before),
+            by_attestation=by_attestation,
             run_id=info.get("run_id"),
             version=info.get("valkey_version") or info.get("redis_version"),
         )
@@ -577,6 +581,8 @@ class Server:
         seen = await self.node_settings(key)
         if seen.run_id is None or seen.appendonly is None or seen.aof_begins:
             return
+        if seen.by_attestation:
+            return  # renewed unseen it would outlive the settings that it tells of
         where = keys.attestation(seen.run_id)
         fields = {
             "appendonly": seen.appendonly,

@@ -28,6 +28,7 @@ _FORKER: Final = """
 import json, os, signal, sys, traceback
 import projections
 from ledger.service import appending, backup, cli, jsonl, operate, render, restore, state
+from ledger.service import doctor, health, jobs, runs, scheduler, top
 
 def command(asked):
     signal.alarm(60)

@@ -636,7 +636,7 @@ def test_every_error_has_an_exit_code():
         if isinstance(kind, type) and issubclass(kind, errors.LedgerError)
     }
     assert {name for name, code in codes.items() if code == 1} == {
-        *("NotFound", "EntriesMissing", "NotCaughtUp")
+        *("NotFound", "EntriesMissing", "NotCaughtUp", "JobFailed", "SnapshotFailed")
     }
     assert {name for name, code in codes.items() if code == 2} == {
         *("InvalidInput", "InvalidTenant", "InvalidEvent", "InvalidSetting")
@@ -688,11 +688,13 @@ def test_examples_work(valkey, tenant, tmp_path):
     """The examples in the help do what they say, on a tenant with a few hundred events."""
     events = [decision(f"dec-{n:04}", tenant=tenant) for n in range(1, 301)]
     (tmp_path / "events.jsonl").write_bytes(as_lines(*events))
-    # dev has tests of its own, and two forms of project have no end.
+    # What starts servers, runs jobs or judges the whole server has tests of its own, on servers of
+    # their own; two forms of project have no end.
+    alone = ("dev", "backup", "restore", "import-ledger", "schedule", "run", "doctor", "health")
     lines = [
         line
         for command in COMMANDS
-        if command not in ("dev", "backup", "restore", "import-ledger")
+        if command not in alone
         for line in examples(command)
         if line not in ("govledger project", "govledger project --workers 4")
     ]

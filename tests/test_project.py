@@ -17,6 +17,7 @@ import redis
 import yaml
 
 import ledger
+from tests.commands import run
 from tests.servers import require, wait_until
 
 ROOT = Path(__file__).parent.parent
@@ -167,6 +168,19 @@ def test_compose_projector_is_ours_and_waits_for_redis():
     assert service["environment"]["REDIS_URL"] == "redis://redis:6379"
     assert service["environment"]["REDIS_PASSWORD"].startswith("${REDIS_PASSWORD:?")
     assert service["depends_on"] == {"redis": {"condition": "service_healthy"}}
+
+
+def test_compose_scheduler_is_ours_and_can_be_scraped():
+    """The scheduler is built as the projector is, and its options are ones that it has."""
+    service, projector = COMPOSE["services"]["scheduler"], COMPOSE["services"]["projector"]
+    same = ("build", "environment", "depends_on", "restart")
+    assert {name: service[name] for name in same} == {name: projector[name] for name in same}
+    command, *options = service["command"]
+    shown = run(None, command, "--help").out
+    assert all(option in shown for option in options if option.startswith("--"))
+    port = options[options.index("--metrics-port") + 1]
+    assert service["ports"] == [f"127.0.0.1:{port}:{port}"]
+    assert "--extra metrics" in (ROOT / "Dockerfile").read_text()
 
 
 def test_compose_redis_command_works(tmp_path, spawn):

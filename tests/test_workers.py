@@ -102,7 +102,7 @@ from projections.tenant_fold import TenantFold
 
 url, tenant, step, name = sys.argv[1:]
 owner, method = {
-    "read": (TenantFold, "begin"), "fold": (TenantFold, "_apply"),
+    "read": (TenantFold, "begin"), "fold": (TenantFold, "apply"),
     "commit": (FoldStore, "commit"), "publish": (FoldStore, "publish"),
 }[step]
 calls, original, begin = [], getattr(owner, method), TenantFold.begin

@@ -20,6 +20,8 @@ __all__ = [
     "After",
     "Json",
     "Limit",
+    "MetricsHost",
+    "MetricsPort",
     "ProjectionName",
     "TenantName",
     "Types",
@@ -36,7 +38,8 @@ __all__ = [
 _EXIT_CODES: Final = """\b
 Exit codes:
   0    done
-  1    a negative answer: not found, entries missing, not folded that far
+  1    a negative answer: not found, entries missing, not folded that far, a
+       job failed, the doctor or a probe found something
   2    bad usage or bad input, such as lines that cannot be recorded
   3    the server cannot be used now: unreachable, password, TLS, rights,
        loading, out of memory, read-only
@@ -81,6 +84,20 @@ Limit = Annotated[
     int | None,
     typer.Option(metavar="N", min=1, show_default=False, help="End after this many entries."),
 ]
+MetricsPort = Annotated[
+    int | None,
+    typer.Option(
+        "--metrics-port",
+        metavar="N",
+        min=0,
+        max=65535,
+        show_default=False,
+        help="Serve Prometheus metrics on this port; 0 takes a free one. Needs govledger[metrics].",
+    ),
+]
+MetricsHost = Annotated[
+    str, typer.Option("--metrics-host", metavar="HOST", help="On this address; 0.0.0.0 is all.")
+]
 ProjectionName = Annotated[str, typer.Option(metavar="NAME", help="Which projection.")]
 
 
@@ -94,8 +111,7 @@ def connect(url: str | None, durability: str | None = None) -> AbstractAsyncCont
     from ledger import Ledger, load_settings
 
     settings = load_settings(redis_url=url)
-    password = settings.redis_password
-    terminal.hide_secrets(settings.redis_url, password.get_secret_value() if password else None)
+    terminal.hide_settings(settings)
     return Ledger.connect(settings=settings, durability=durability)
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
+import logging
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
@@ -14,6 +14,8 @@ from ledger import errors, keys
 from ledger.service import terminal
 from ledger.service.command import (
     Json,
+    MetricsHost,
+    MetricsPort,
     ProjectionName,
     TenantName,
     Url,
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
     from projections import Projector
 
 __all__: list[str] = []
+
+_log = logging.getLogger("ledger")
 
 
 # -- state -------------------------------------------------------------------------------------
@@ -124,6 +128,8 @@ def project(
         ),
     ] = 1,
     until_eof: Annotated[bool, typer.Option("--until-eof", hidden=True)] = False,
+    metrics_port: MetricsPort = None,
+    metrics_host: MetricsHost = "127.0.0.1",
     url: Url = None,
     as_json: Json = False,
 ) -> None:
@@ -138,24 +144,44 @@ def project(
     if once:
         terminal.run(_project_once(url, as_json=as_json))
     else:
-        terminal.run(_project(url, workers, until_eof=until_eof, as_json=as_json))
+        options = _Projecting(workers, until_eof, metrics_host, metrics_port)
+        terminal.run(_project(url, options, as_json=as_json))
 
 
-async def _project(url: str | None, workers: int, *, until_eof: bool, as_json: bool) -> None:
-    from ledger.service.operate import ends_on_eof, ends_on_sigterm, prepare, run_projector
+class _Projecting(NamedTuple):
+    workers: int
+    until_eof: bool
+    metrics_host: str
+    metrics_port: int | None
+
+
+async def _project(url: str | None, options: _Projecting, *, as_json: bool) -> None:
+    from ledger.service.operate import (
+        ends_on_eof,
+        ends_on_sigterm,
+        prepare,
+        run_projector,
+        with_metrics,
+    )
     from ledger.service.workers import run_workers
 
-    ends = ends_on_eof if until_eof else nullcontext
-    async with ends_on_sigterm(), ends(), connect(url) as ledger:
+    terminal.show_logs()
+    ends = ends_on_eof if options.until_eof else nullcontext
+    async with (
+        ends_on_sigterm(),
+        ends(),
+        connect(url) as ledger,
+        with_metrics(ledger, options.metrics_host, options.metrics_port),
+    ):
         address = ledger.server.address
         await prepare(ledger)
         if as_json:
-            print_json({"projecting": address, "workers": workers})
+            print_json({"projecting": address, "workers": options.workers})
             sys.stdout.flush()
-        elif not until_eof:
-            terminal.say(f"projecting {address}; Ctrl-C ends it")
-        if workers > 1:
-            await run_workers(ledger.server.settings, workers)
+        elif not options.until_eof:
+            _log.info("projecting %s; Ctrl-C ends it", address)
+        if options.workers > 1:
+            await run_workers(ledger.server.settings, options.workers)
         else:
             await run_projector(ledger)
 
@@ -396,9 +422,11 @@ def dev(
             "machine can then connect.",
         ),
     ] = None,
+    metrics_port: MetricsPort = None,
+    metrics_host: MetricsHost = "127.0.0.1",
     as_json: Json = False,
 ) -> None:
-    """Run a durable server of one's own, and a projector.
+    """Run a server of one's own, a projector, and the jobs.
 
     Prints the REDIS_URL to use, and runs until SIGTERM or Ctrl-C. Where the directory's server runs
     already, for a command or another `dev`, it is shared; one that dies is started again. It ends
@@ -407,12 +435,24 @@ def dev(
     from ledger.service.operate import default_data_dir
 
     terminal.spare_gc()
-    terminal.run(_dev(data or default_data_dir(), port, as_json=as_json))
+    metrics = (metrics_host, metrics_port)
+    terminal.run(_dev(data or default_data_dir(), port, metrics, as_json=as_json))
 
 
-async def _dev(data_dir: Path, port: int | None, *, as_json: bool) -> None:
-    from ledger.service.operate import DevServer, ends_on_sigterm, run_projector
+async def _dev(
+    data_dir: Path, port: int | None, metrics: tuple[str, int | None], *, as_json: bool
+) -> None:
+    from ledger.service.jobs import JobContext
+    from ledger.service.operate import (
+        DevServer,
+        ends_on_sigterm,
+        run_projector,
+        together,
+        with_metrics,
+    )
+    from ledger.service.scheduler import Scheduler
 
+    terminal.show_logs()
     async with ends_on_sigterm(), DevServer.running(data_dir, port) as server:
         tcp_url = server.hold.tcp_url
         if as_json:
@@ -420,10 +460,11 @@ async def _dev(data_dir: Path, port: int | None, *, as_json: bool) -> None:
             print_json({**told, "pid": server.endpoint.pid, "attached": server.attached})
         else:
             how = "attached to the server that runs" if server.attached else "started a server"
-            terminal.say(f"{how} on {server.hold.data_dir} (pid {server.endpoint.pid})")
+            _log.info("%s on %s (pid %d)", how, server.hold.data_dir, server.endpoint.pid)
             print_lines(f"REDIS_URL={server.url}", *([f"REDIS_URL={tcp_url}"] if tcp_url else []))
-            terminal.say("what it acknowledges is on disk; a projector runs; Ctrl-C ends both")
+            _log.info("what it acknowledges is on disk; projector and jobs run; Ctrl-C ends them")
         sys.stdout.flush()
-        async with server.connect() as ledger:
-            await asyncio.gather(run_projector(ledger), server.watch())
-    terminal.say("ended; the server stays for half a minute, or as long as others use it")
+        async with server.connect() as ledger, with_metrics(ledger, *metrics):
+            scheduler = Scheduler(JobContext(ledger), ledger.server.settings.govledger_jobs)
+            await together(run_projector(ledger), scheduler.run(), server.watch())
+    _log.info("ended; the server stays for half a minute, or as long as others use it")

@@ -6,10 +6,10 @@ import asyncio
 import logging
 import os
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 from urllib.parse import quote
 
 from ledger import errors
@@ -25,6 +25,8 @@ __all__ = [
     "ends_on_sigterm",
     "prepare",
     "run_projector",
+    "together",
+    "with_metrics",
 ]
 
 PREPARE_INTERVAL_S: Final = 600.0
@@ -32,6 +34,25 @@ PREPARE_INTERVAL_S: Final = 600.0
 
 WATCH_INTERVAL_S: Final = 0.5
 _log = logging.getLogger("ledger")
+
+
+async def together(*work: Coroutine[Any, Any, None]) -> None:
+    """Runs all of it until one fails or this is cancelled, and ends when each has ended.
+
+    Raises:
+        LedgerError: what the first one failed with.
+    """
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            for one in work:
+                tasks.create_task(one)
+    except BaseExceptionGroup as group:
+        raise _first_of(group) from None
+
+
+def _first_of(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    first = group.exceptions[0]
+    return _first_of(first) if isinstance(first, BaseExceptionGroup) else first
 
 
 @asynccontextmanager
@@ -80,6 +101,23 @@ async def ends_on_eof() -> AsyncIterator[None]:
         task.uncancel()
     finally:
         loop.remove_reader(0)
+
+
+@asynccontextmanager
+async def with_metrics(ledger: Ledger, host: str, port: int | None) -> AsyncIterator[None]:
+    """Serves metrics while the block runs, where a port is given.
+
+    Raises:
+        InvalidInput: prometheus-client is missing, or the port cannot be listened on.
+    """
+    if port is None:
+        yield
+        return
+    from ledger.service.metrics import metrics_served
+
+    async with metrics_served(ledger, host, port) as listening:
+        _log.info("metrics on http://%s:%d/metrics", host, listening)
+        yield
 
 
 async def prepare(ledger: Ledger) -> None:

@@ -14,8 +14,10 @@ import logging
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from typing import Any, Final
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -23,19 +25,24 @@ import orjson
 import typer
 
 from ledger import errors
+from ledger.settings import Settings
 
 __all__ = [
     "EXIT_BAD_INPUT",
     "EXIT_NEGATIVE",
+    "cleaned",
     "exit_code",
     "hide_secrets",
+    "hide_settings",
     "print_error",
     "printable",
     "progress",
     "run",
     "say",
+    "show_logs",
     "show_warnings",
     "spare_gc",
+    "without_secrets",
 ]
 
 EXIT_NEGATIVE: Final = 1
@@ -49,12 +56,14 @@ _EXIT_CODES: Final[tuple[tuple[type[errors.LedgerError], int], ...]] = (
     (errors.NotFound, EXIT_NEGATIVE),
     (errors.EntriesMissing, EXIT_NEGATIVE),
     (errors.NotCaughtUp, EXIT_NEGATIVE),
+    (errors.JobFailed, EXIT_NEGATIVE),
     (errors.InvalidInput, EXIT_BAD_INPUT),
     (errors.Unavailable, EXIT_UNAVAILABLE),
     (errors.ServerError, EXIT_UNAVAILABLE),
 )
 
 _SECRET_MIN_LENGTH: Final = 3
+_URL_PASSWORD: Final = re.compile(r"(\w://[^\s/@:]*:)[^\s@]{1,512}@")
 _secrets: set[str] = set()
 
 
@@ -103,18 +112,27 @@ def hide_secrets(url: str, password: str | None) -> None:
     _secrets.update(one for one in found if len(one) >= _SECRET_MIN_LENGTH)
 
 
-def _without_secrets(text: str) -> str:
+def hide_settings(settings: Settings) -> None:
+    """As `hide_secrets`, for all that the settings hold."""
+    password = settings.redis_password
+    hide_secrets(settings.redis_url, password.get_secret_value() if password else None)
+
+
+def without_secrets(text: str) -> str:
+    """`text` with `***` for what is known to be secret, and for the password of any URL in it."""
+    text = _URL_PASSWORD.sub(r"\1***@", text)
     for secret in sorted(_secrets, key=len, reverse=True):
         text = text.replace(secret, "***")
     return text
 
 
-def _cleaned(value: Any) -> Any:
+def cleaned(value: Any) -> Any:
+    """The JSON value with every string in it `without_secrets`."""
     if isinstance(value, dict):
-        return {name: _cleaned(item) for name, item in value.items()}
+        return {name: cleaned(item) for name, item in value.items()}
     if isinstance(value, list):
-        return [_cleaned(item) for item in value]
-    return _without_secrets(value) if isinstance(value, str) else value
+        return [cleaned(item) for item in value]
+    return without_secrets(value) if isinstance(value, str) else value
 
 
 # -- stderr ------------------------------------------------------------------------------------
@@ -129,7 +147,7 @@ def printable(text: str) -> str:
 
 def say(line: str) -> None:
     """One line to the person at the terminal, where the output proper does not go."""
-    print(_without_secrets(printable(line)), file=sys.stderr, flush=True)
+    print(without_secrets(printable(line)), file=sys.stderr, flush=True)
 
 
 def print_error(error: errors.LedgerError, *, as_json: bool) -> None:
@@ -137,7 +155,7 @@ def print_error(error: errors.LedgerError, *, as_json: bool) -> None:
     if as_json:
         shown = {"error": type(error).__name__, "message": error.message, "hint": error.hint}
         extra = {name: error.facts[name] for name in ("lines", "landed") if name in error.facts}
-        print(orjson.dumps(_cleaned({**shown, **extra})).decode(), file=sys.stderr, flush=True)
+        print(orjson.dumps(cleaned({**shown, **extra})).decode(), file=sys.stderr, flush=True)
         return
     lines = error.facts.get("lines")
     for line in lines if isinstance(lines, list) else ():
@@ -151,10 +169,33 @@ def print_error(error: errors.LedgerError, *, as_json: bool) -> None:
         say(f"hint: {error.hint}")
 
 
+class _JsonHandler(logging.Handler):
+    """A line of JSON for each record: `at`, `level`, `logger`, `message`, `exception`."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        told: dict[str, Any] = {
+            "at": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            told["exception"] = "".join(traceback.format_exception(*record.exc_info))
+        whole = {name: str(text).encode(errors="backslashreplace") for name, text in told.items()}
+        shown = {name: text.decode() for name, text in whole.items()}
+        print(orjson.dumps(cleaned(shown)).decode(), file=sys.stderr, flush=True)
+
+
 class _StderrHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno <= logging.INFO:
+            say(record.getMessage())
+            return
         level = "error" if record.levelno >= logging.ERROR else "warning"
         say(f"{level}: {record.getMessage()}")
+        if record.exc_info:
+            for line in "".join(traceback.format_exception(*record.exc_info)).splitlines():
+                say(f"  {line}")
 
 
 def show_warnings() -> None:
@@ -162,6 +203,16 @@ def show_warnings() -> None:
     logger = logging.getLogger("ledger")
     logger.addHandler(_StderrHandler(logging.WARNING))
     logger.propagate = False
+
+
+def show_logs() -> None:
+    """For what keeps running: news too, and JSON where nobody sits at the terminal."""
+    kind = _StderrHandler if sys.stderr.isatty() else _JsonHandler
+    for name, level in (("ledger", logging.INFO), ("apscheduler", logging.WARNING)):
+        logger = logging.getLogger(name)
+        logger.handlers[:] = [kind(level)]
+        logger.setLevel(level)
+        logger.propagate = False
 
 
 @contextmanager

@@ -1,0 +1,174 @@
+"""What may go: rubbish in the memory store, fold state of retired versions. Never the record.
+
+Every key passes `keys.is_disposable` right before UNLINK, so no pattern, tenant or projection of
+whatever name can lead to a stream, an index, a head, or evidence.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, Final
+
+import orjson
+
+from ledger import errors, keys
+from ledger.ledger import Ledger
+from ledger.server import Server, pack
+from ledger.service.inspection import scan, server_now_ms
+from projections.registry import configured
+from projections.store import BUCKETS
+
+__all__ = ["Cleanup"]
+
+UNLINK_AT_ONCE: Final = 500
+RUNNING_LIMIT_MS: Final = 2 * 86_400_000
+"""What is said to run for longer was left by a process that was killed."""
+
+_ENVELOPE_TAIL_BYTES: Final = 600
+_OURS: Final = re.compile(
+    rb'"metadata":\{"epoch":"[0-9a-f]+","position":"[^"]*","seq":\d+,[^{}]*\}\}$'
+)
+
+
+class Cleanup:
+    """One cleanup; the counts by rule are in what `run` returns."""
+
+    def __init__(self, ledger: Ledger, ttl_seconds: int) -> None:
+        """`ttl_seconds`: what published state should have (MEMORY_DEFAULT_TTL_SECONDS)."""
+        self._ledger = ledger
+        self._server = ledger.server
+        self._ttl_seconds = ttl_seconds
+        self._projections = configured(ledger.server.settings)
+
+    async def run(self) -> dict[str, Any]:
+        """How many keys were deleted, or got the TTL they should have, by rule."""
+        tenants = set(await self._ledger.tenants())
+        found: dict[str, Any] = {"stale": await self._stale()}
+        found |= await self._published(tenants)
+        found["retired_folds"] = 0
+        for tenant in sorted(tenants):
+            found["retired_folds"] += await self._retired(tenant)
+        found["forgotten_runs"] = await self._forgotten_runs()
+        return found
+
+    async def _stale(self) -> int:
+        count = 0
+        async for node, some in scan(self._server, f"{keys.MEMORY_STALE}*"):
+            count += await unlink(self._server, node, some)
+        return count
+
+    # -- published state --------------------------------------------------------------------------
+
+    async def _published(self, tenants: set[str]) -> dict[str, int]:
+        """Copies of ours that nobody will renew: of tenants without a ledger, deleted; without the
+        TTL that the rule gives them, given it.
+        """
+        orphaned, expiring = 0, 0
+        for name in sorted({one.name for one in self._projections} | {"agent"}):
+            suffix = "agent:*" if name == "agent" else f"{name}:state"
+            async for node, some in scan(self._server, f"{keys.MEMORY}:*:{suffix}"):
+                ours = await self._ours(node, some)
+                known = {key: _tenant_of(key) for key in ours}
+                lost = [key for key, tenant in known.items() if tenant not in tenants]
+                gone = [key for key in lost if not await self._has_ledger(known[key])]
+                orphaned += await unlink(self._server, node, gone)
+                expiring += await self._expire(node, [key for key in ours if key not in gone])
+        return {"orphaned": orphaned, "given_a_ttl": expiring}
+
+    async def _ours(self, node: str, some: Sequence[bytes]) -> list[bytes]:
+        """Those that a projector has published: anybody may keep other values under such names."""
+        asked = [pack("GETRANGE", key, -_ENVELOPE_TAIL_BYTES, -1) for key in some]
+        replies = await self._server.exchange(node, asked, len(asked))
+        return [
+            key
+            for key, reply in zip(some, replies, strict=True)
+            if isinstance(reply, bytes) and _OURS.search(reply)
+        ]
+
+    async def _has_ledger(self, tenant: str) -> bool:
+        """In doubt it has: a registry that was lost is no reason to delete what is derived."""
+        if not keys.is_tenant(tenant):
+            return False
+        stream = keys.decisions(tenant)
+        there = (stream, keys.head(tenant), keys.index(tenant))
+        return bool(await self._server.command(stream, "EXISTS", *there))
+
+    async def _expire(self, node: str, some: Sequence[bytes]) -> int:
+        if not self._ttl_seconds or not some:
+            return 0
+        asked = [pack("EXPIRE", key, self._ttl_seconds, "NX") for key in some]
+        replies = await self._server.exchange(node, asked, len(asked))
+        return sum(int(self._server.checked(reply)) for reply in replies)
+
+    # -- fold state -------------------------------------------------------------------------------
+
+    async def _retired(self, tenant: str) -> int:
+        """Folds of versions below the active one, and below what this release folds."""
+        active = await self._server.command(
+            keys.projection_active(tenant), "HGETALL", keys.projection_active(tenant)
+        )
+        count = 0
+        for one in self._projections:
+            kept = _version(active.get(one.name.encode()))
+            if kept is None:
+                continue
+            for version in range(1, min(kept, one.version)):
+                key = keys.projection(tenant, one.name, version)
+                if await self._server.command(key, "EXISTS", key):
+                    buckets = (
+                        keys.projection_bucket(tenant, one.name, version, bucket)
+                        for bucket in range(BUCKETS)
+                    )
+                    count += await unlink(
+                        self._server, key, [one.encode() for one in (key, *buckets)]
+                    )
+        return count
+
+    async def _forgotten_runs(self) -> int:
+        """Job runs whose process was killed before it could say how they ended."""
+        running = await self._server.command(keys.JOBS_RUNNING, "HGETALL", keys.JOBS_RUNNING)
+        oldest = await server_now_ms(self._server) - RUNNING_LIMIT_MS
+        gone = [run for run, raw in running.items() if _begun_ms(raw) < oldest]
+        if gone:
+            await self._server.command(keys.JOBS_RUNNING, "HDEL", keys.JOBS_RUNNING, *gone)
+        return len(gone)
+
+
+async def unlink(server: Server, node: str, some: Sequence[bytes]) -> int:
+    """Deletes keys that a cleanup may delete, from the node of the key `node`; how many were there.
+
+    Raises:
+        JobFailed: one of them is not to be deleted; then none of them was.
+    """
+    refused = [key for key in some if not keys.is_disposable(key)]
+    if refused:
+        raise errors.JobFailed(
+            f"cleanup: {refused[0]!a} is no key that a cleanup may delete",
+            hint="this is a defect in govledger; nothing of this batch was deleted",
+        )
+    count = 0
+    for start in range(0, len(some), UNLINK_AT_ONCE):
+        asked = [pack("UNLINK", key) for key in some[start : start + UNLINK_AT_ONCE]]
+        replies = await server.exchange(node, asked, len(asked))
+        count += sum(int(server.checked(reply)) for reply in replies)
+    return count
+
+
+def _tenant_of(key: bytes) -> str:
+    """The tenant in the name of a published key; "" for what is none."""
+    tenant = (
+        key.removeprefix(f"{keys.MEMORY}:".encode()).partition(b":")[0].decode("ascii", "replace")
+    )
+    return tenant if keys.is_tenant(tenant) else ""
+
+
+def _version(raw: bytes | None) -> int | None:
+    return int(raw) if raw is not None and raw.isdigit() else None
+
+
+def _begun_ms(raw: bytes) -> int:
+    try:
+        return int(orjson.loads(raw)["begun_ms"])
+    except (KeyError, TypeError, ValueError):
+        return 0

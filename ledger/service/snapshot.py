@@ -1,0 +1,293 @@
+"""RDB snapshots: one BGSAVE, watched to its end; and its dump copied out of the server's reach.
+
+A snapshot is a backup of a moment, no part of an acknowledgement: what is durable is decided by
+the append-only file. `bgsave` in a client answers before anything was saved, so its success is read
+from INFO: `rdb_saves` and `rdb_last_save_time` have moved and `rdb_last_bgsave_status` is ok.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import re
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Final
+
+from ledger import errors
+from ledger.server import Server
+from ledger.service.inspection import config, info, server_now_ms
+
+__all__ = [
+    "Archived",
+    "Retention",
+    "Snapshot",
+    "archive_snapshot",
+    "is_local",
+    "superfluous",
+    "take_snapshot",
+]
+
+POLL_S: Final = 0.05
+POLL_MAX_S: Final = 1.0
+SNAPSHOT_TIMEOUT_S: Final = 3600.0
+CHUNK_BYTES: Final = 1024 * 1024
+_MAGIC: Final = (b"REDIS", b"VALKEY")
+_NAME: Final = re.compile(r"dump-(\d{8}T\d{6}\d{3}Z)-[0-9a-f]{8}\.rdb")
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A snapshot that one node has made; `path` is on the server's own disk, None where CONFIG may
+    not be read.
+    """
+
+    run_id: str
+    begun_ms: int
+    seconds: float
+    path: Path | None
+    remote: bool
+    """Whether the server is on another machine, so that the path is not one of ours."""
+
+
+@dataclass(frozen=True, slots=True)
+class Archived:
+    """A dump that was copied out, and what its bytes add up to."""
+
+    path: Path
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Retention:
+    """Which copies stay: the newest `last`, and of each of the last `days` days the newest."""
+
+    last: int = 7
+    days: int = 30
+
+
+# -- the save ------------------------------------------------------------------------------------
+
+
+async def take_snapshot(
+    server: Server, key: str = "", *, timeout_s: float = SNAPSHOT_TIMEOUT_S
+) -> Snapshot | None:
+    """Saves the node of `key` to its own disk; None where a save is under way there already.
+
+    Raises:
+        SnapshotFailed: the server could not save, restarted meanwhile, or took too long.
+        Unavailable: the server cannot be asked.
+    """
+    before = await _persistence(server, key)
+    begun, begun_ms = time.monotonic(), await server_now_ms(server, key)
+    if before["rdb_bgsave_in_progress"] != "0":
+        return None
+    while not await _begin(server, key):
+        _in_time(server, begun, timeout_s, "an AOF rewrite is in the way")
+        await asyncio.sleep(POLL_MAX_S)
+    pause_s = POLL_S
+    while True:
+        now = await _persistence(server, key)
+        if now["rdb_bgsave_in_progress"] == "0":
+            break
+        _in_time(server, begun, timeout_s, "BGSAVE goes on")
+        await asyncio.sleep(pause_s)
+        pause_s = min(POLL_MAX_S, pause_s * 1.5)
+    _check_saved(server, before, now)
+    taken_s = time.monotonic() - begun
+    path = await _dump_path(server, key)
+    return Snapshot(now["run_id"], begun_ms, taken_s, path, not is_local(server))
+
+
+async def _begin(server: Server, key: str) -> bool:
+    """Whether a save has begun; not while the append-only file is rewritten."""
+    try:
+        await server.command(key, "BGSAVE")
+    except errors.ServerError as error:
+        if "already in progress" in error.message:
+            return True  # begun since we looked, by us where the first answer was lost
+        if "child process is active" in error.message:
+            return False
+        raise errors.SnapshotFailed(f"BGSAVE was refused: {error.message}") from error
+    return True
+
+
+async def _persistence(server: Server, key: str) -> dict[str, str]:
+    return await info(server, key, "server", "persistence")
+
+
+def _in_time(server: Server, begun: float, timeout_s: float, what: str) -> None:
+    if time.monotonic() - begun > timeout_s:
+        raise errors.SnapshotFailed(
+            f"{server.address}: no snapshot within {timeout_s:g} s: {what}",
+            hint="see the server's log, and `INFO persistence`",
+        )
+
+
+def _check_saved(server: Server, before: dict[str, str], now: dict[str, str]) -> None:
+    if now["run_id"] != before["run_id"]:
+        raise errors.SnapshotFailed(
+            f"{server.address}: the server restarted while it saved",
+            hint="see its log: a snapshot needs up to as much memory again as the data",
+        )
+    moved = now["rdb_saves"] != before["rdb_saves"]
+    moved = moved or now["rdb_last_save_time"] != before["rdb_last_save_time"]
+    if not moved or now["rdb_last_bgsave_status"] != "ok":
+        raise errors.SnapshotFailed(
+            f"{server.address}: BGSAVE failed (rdb_last_bgsave_status: "
+            f"{now['rdb_last_bgsave_status']})",
+            hint="the server's log says why: the disk is full, `dir` cannot be written, or fork "
+            "found no memory (vm.overcommit_memory)",
+        )
+
+
+def is_local(server: Server) -> bool:
+    """Whether the server runs on this machine, by its address."""
+    return (
+        server.embedded is not None
+        or re.match(r"(unix:|rediss?://(localhost|127\.[0-9.]+|\[::1\])(:|/|$))", server.address)
+        is not None
+    )
+
+
+async def _dump_path(server: Server, key: str) -> Path | None:
+    try:
+        seen = await config(server, key, "dir", "dbfilename")
+    except errors.PermissionDenied:
+        return None
+    return Path(seen["dir"]) / seen["dbfilename"]
+
+
+# -- the copy ------------------------------------------------------------------------------------
+
+
+async def archive_snapshot(
+    snapshot: Snapshot, directory: Path, retention: Retention | None = None, *, at_ms: int = 0
+) -> Archived:
+    """Copies the dump into `directory`, with its SHA-256 beside it as `sha256sum -c` reads it, and
+    removes the copies that the rule does not keep. Copy, digest and directory are on disk then.
+
+    Args:
+        snapshot: which; its path must be readable here.
+        directory: where to; it is made where it is not there, for our eyes only.
+        retention: the rule; None keeps everything.
+        at_ms: the time in the name, the same for all nodes of a cluster; by default the snapshot's.
+
+    Raises:
+        SnapshotFailed: there is no such dump to be read here, it is no RDB file, or it cannot be
+            written there.
+    """
+    if snapshot.path is None:
+        raise errors.SnapshotFailed(
+            "the dump cannot be copied out: CONFIG is denied, so nobody says where it is",
+            hint="grant +config|get, or archive by an operator's user",
+        )
+    try:
+        return await asyncio.to_thread(
+            _archive, snapshot, snapshot.path, directory, retention, at_ms or snapshot.begun_ms
+        )
+    except OSError as error:
+        where = "the server is on another machine; " if snapshot.remote else ""
+        raise errors.SnapshotFailed(
+            f"the dump cannot be copied out: {error.filename}: {error.strerror}",
+            hint=f"{where}the scheduler must run where it can read {snapshot.path} and write "
+            f"{directory}",
+        ) from error
+
+
+def _archive(
+    snapshot: Snapshot, source: Path, directory: Path, retention: Retention | None, at_ms: int
+) -> Archived:
+    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    moment = datetime.fromtimestamp(at_ms / 1000, UTC)
+    stamp = f"{moment:%Y%m%dT%H%M%S}{at_ms % 1000:03d}Z"
+    path = directory / f"dump-{stamp}-{snapshot.run_id[:8]}.rdb"
+    partial = path.with_suffix(".partial")
+    try:
+        size, sha256 = _copy(source, partial, snapshot.begun_ms)
+        _write(path.with_suffix(".rdb.sha256"), f"{sha256}  {path.name}\n".encode())
+        partial.replace(path)  # last: a dump that is there has its digest
+    finally:
+        partial.unlink(missing_ok=True)
+    if retention is not None:
+        for old in superfluous((one.name for one in directory.iterdir()), retention, moment):
+            (directory / f"{old}.sha256").unlink(missing_ok=True)
+            (directory / old).unlink(missing_ok=True)
+        for one in directory.glob("dump-*.partial"):  # of a process that was killed
+            if one.name[5:13] < f"{moment - timedelta(days=1):%Y%m%d}":
+                one.unlink(missing_ok=True)
+    _fsync_directory(directory)
+    return Archived(path, size, sha256)
+
+
+def _copy(source: Path, target: Path, begun_ms: int) -> tuple[int, str]:
+    """Size and SHA-256 of what was copied. An open dump stays as it is: a later save renames
+    another file over it.
+    """
+    digest, size = hashlib.sha256(), 0
+    with source.open("rb") as dump:
+        status = os.fstat(dump.fileno())
+        if status.st_mtime_ns // 1_000_000 < begun_ms - 2000:  # file systems round, clocks differ
+            raise errors.SnapshotFailed(
+                f"{source} is older than the snapshot just made: it is another server's",
+                hint="archive where the server's own disk is mounted under the same path",
+            )
+        with open(target, "xb", opener=_private) as copy:
+            while chunk := dump.read(CHUNK_BYTES):
+                if not size and not chunk.startswith(_MAGIC):
+                    raise errors.SnapshotFailed(f"{source} is no RDB file")
+                digest.update(chunk)
+                copy.write(chunk)
+                size += len(chunk)
+            copy.flush()
+            os.fsync(copy.fileno())
+    if size != status.st_size:
+        raise errors.SnapshotFailed(f"{source}: {size} bytes read of {status.st_size}")
+    return size, digest.hexdigest()
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
+def _write(path: Path, content: bytes) -> None:
+    partial = path.with_suffix(".partial")
+    with suppress(FileNotFoundError):
+        partial.unlink()
+    with open(partial, "xb", opener=_private) as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def _fsync_directory(directory: Path) -> None:
+    fd = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def superfluous(names: Iterable[str], retention: Retention, now: datetime) -> list[str]:
+    """Which of the copies may go; what is not named as ours are is never among them.
+
+    The nodes of a cluster are saved as one: their copies have the same time and stay or go
+    together.
+    """
+    copies = {name: match[1] for name in names if (match := _NAME.fullmatch(name))}
+    moments = sorted(set(copies.values()), reverse=True)
+    kept, days = set(moments[: max(1, retention.last)]), set()
+    oldest = (now - timedelta(days=retention.days)).strftime("%Y%m%d")
+    for moment in moments:
+        day = moment[:8]
+        if day > oldest and day not in days:
+            days.add(day)
+            kept.add(moment)
+    return sorted(name for name, moment in copies.items() if moment not in kept)

@@ -1,0 +1,496 @@
+"""The jobs, each run by itself on real servers: what they do, and what they leave alone."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ledger import Decision, EscalationResolved, Ledger, errors, keys
+from ledger.service.cleanup import Cleanup, unlink
+from ledger.service.expiry import Expiry, expiry_event
+from ledger.service.jobs import JOBS, Archive, JobContext
+from ledger.service.snapshot import Retention, archive_snapshot, superfluous, take_snapshot
+from projections import Projector, StateReader
+from projections.governance import Governance
+from projections.governance_state import PENDING_LIMIT
+from tests.servers import new_tenant
+
+LONG_AGO = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+def escalation(event_id: str, expires_at: datetime | None = LONG_AGO) -> Decision:
+    return Decision(
+        id=event_id, agent="a", action="b", verdict="escalate", at=LONG_AGO, expires_at=expires_at
+    )
+
+
+async def entries(ledger: Ledger, tenant: str, kind: str) -> list[dict]:
+    return [entry.event async for entry in ledger.replay(tenant) if entry.type == kind]
+
+
+@pytest.fixture
+async def ledger(fresh_server):
+    """A ledger on a server of its own: the jobs look at every tenant."""
+    async with Ledger.connect(fresh_server().url) as connected:
+        yield connected
+
+
+# -- expire --------------------------------------------------------------------------------------
+
+
+async def test_overdue_escalations_expire_and_count_as_deny(ledger, tenant):
+    """What is past its deadline is resolved as expired; what is not, or has none, stays pending."""
+    later = datetime.now(UTC) + timedelta(hours=1)
+    events = [escalation("over"), escalation("later", later), escalation("never", None)]
+    await ledger.append_many(tenant, events)
+    await Projector(ledger).run_once([tenant])
+    expiry = Expiry(ledger)
+    assert await expiry.run() == {"expired": 1, "tenants": 1}
+    assert await expiry.run() == {"expired": 0, "tenants": 1}
+    (resolved,) = await entries(ledger, tenant, "escalation.resolved")
+    assert resolved["id"] == "expire:over"
+    assert (resolved["decision_id"], resolved["resolution"]) == ("over", "expired")
+    await Projector(ledger).run_once([tenant])
+    state = (await StateReader(ledger).state(tenant)).value
+    assert state["escalations"]["pending"] == 2
+    assert state["escalations"]["resolved"]["expired"] == 1
+    assert state["decisions"]["by_effective_verdict"]["deny"] == 1
+    assert state["counts"]["conflicts"]["total"] == 0
+
+
+async def test_a_deadline_that_comes_while_nothing_is_recorded_is_kept(ledger, tenant):
+    """A tenant that was looked at and stays idle is looked at again when its deadline passes."""
+    soon = datetime.now(UTC) + timedelta(milliseconds=200)
+    await ledger.append(tenant, escalation("soon", soon))
+    await Projector(ledger).run_once([tenant])
+    expiry, expired = Expiry(ledger), 0
+    while not expired:
+        expired = (await expiry.run())["expired"]
+        await asyncio.sleep(0.02)
+    assert len(await entries(ledger, tenant, "escalation.resolved")) == 1
+
+
+async def test_a_person_who_was_recorded_first_wins(ledger, tenant):
+    """A resolution that no projector has folded yet keeps the expiry from being recorded."""
+    await ledger.append(tenant, escalation("over"))
+    await Projector(ledger).run_once([tenant])
+    approved = EscalationResolved(decision_id="over", resolution="approved", reviewer="r")
+    await ledger.append(tenant, approved)
+    assert (await Expiry(ledger).run())["expired"] == 0
+    assert len(await entries(ledger, tenant, "escalation.resolved")) == 1
+
+
+async def test_escalations_that_the_state_only_counts_expire_too(ledger, tenant):
+    """Past the thousand that are listed the stream itself says which are pending."""
+    later = datetime.now(UTC) + timedelta(hours=1)
+    listed = [escalation(f"listed-{n}", later) for n in range(PENDING_LIMIT)]
+    await ledger.append_many(tenant, listed)
+    more = [escalation(f"more-{n}", later if n % 2 else LONG_AGO) for n in range(6)]
+    await ledger.append_many(tenant, more)
+    resolved = EscalationResolved(decision_id="more-0", resolution="rejected", reviewer="r")
+    await ledger.append(tenant, resolved)
+    await Projector(ledger).run_once([tenant])
+    assert (await Expiry(ledger).run())["expired"] == 2
+    events = await entries(ledger, tenant, "escalation.resolved")
+    assert [event["id"] for event in events[1:]] == ["expire:more-2", "expire:more-4"]
+
+
+async def test_several_at_once_expire_each_escalation_once(ledger, tenant):
+    """Many schedulers at the same moment record one resolution a decision."""
+    await ledger.append_many(tenant, [escalation(f"d-{n}") for n in range(300)])
+    await Projector(ledger).run_once([tenant])
+    ledgers = [await Ledger.connect(ledger.server.settings.redis_url) for _ in range(4)]
+    done = await asyncio.gather(*(Expiry(one).run() for one in ledgers))
+    assert sum(one["expired"] for one in done) == 300
+    assert len(await entries(ledger, tenant, "escalation.resolved")) == 300
+    for one in ledgers:
+        await one.aclose()
+
+
+async def test_a_taken_id_fails_loudly_and_alone(ledger, tenant):
+    """Where another event has the expiry's id, the rest expires all the same."""
+    taken = Decision(id="expire:taken", agent="a", action="b", verdict="allow")
+    await ledger.append_many(tenant, [escalation("taken"), taken, escalation("free")])
+    other = new_tenant()
+    await ledger.append(other, escalation("other"))
+    await Projector(ledger).run_once()
+    with pytest.raises(errors.JobFailed, match=f"1 of 2 tenants.*{tenant}"):
+        await Expiry(ledger).run()
+    assert (await ledger.get(tenant, "expire:free")).type == "escalation.resolved"
+    assert (await ledger.get(other, "expire:other")).type == "escalation.resolved"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "no json",
+        "[]",
+        '{"pending":{"x":{}}}',
+        '{"pending":[1]}',
+        '{"pending_unlisted_from_seq":"x"}',
+    ],
+)
+async def test_damaged_fold_state_stops_its_own_tenant_alone(ledger, tenant, damage):
+    """Whatever somebody wrote over a tenant's folded state, the others' escalations expire."""
+    other = new_tenant()
+    await ledger.append(tenant, escalation("d"))
+    await ledger.append(other, escalation("d"))
+    await Projector(ledger).run_once()
+    fold = keys.projection(tenant, "governance", Governance().version)
+    await ledger.server.command(fold, "HSET", fold, "state", damage)
+    with pytest.raises(errors.JobFailed, match=f"1 of 2 tenants.*{tenant}"):
+        await Expiry(ledger).run()
+    assert (await ledger.get(other, "expire:d")).type == "escalation.resolved"
+
+
+@given(st.text(st.characters(min_codepoint=128, max_codepoint=0x2FFF), min_size=1, max_size=128))
+def test_every_decision_has_an_expiry_id_that_fits(decision_id):
+    """The id is within the ledger's limit, and the same event is made each time."""
+    event = expiry_event(decision_id, 1_700_000_000_123)
+    assert len(event.id) <= 128
+    assert event == expiry_event(decision_id, 1_700_000_000_123)
+    assert event.decision_id == decision_id
+
+
+async def test_state_of_another_ledger_expires_nothing(ledger, tenant):
+    """Where the fold is of another epoch, what it calls pending may not be in this ledger."""
+    await ledger.append(tenant, escalation("over"))
+    await Projector(ledger).run_once([tenant])
+    await ledger.server.command("", "HSET", keys.head(tenant), "epoch", "0123456789abcdef")
+    with pytest.raises(errors.JobFailed, match="another epoch"):
+        await Expiry(ledger).run()
+    assert (await ledger.head(tenant)).seq == 1
+
+
+# -- snapshot ------------------------------------------------------------------------------------
+
+
+async def test_a_snapshot_is_watched_and_its_dump_copied_out(
+    fresh_server, server, tmp_path, tenant
+):
+    """The copy has the bytes of the server's dump and a digest that sha256sum accepts."""
+    own = fresh_server(server.kind)
+    async with Ledger.connect(own.url) as ledger:
+        await ledger.append(tenant, escalation("d"))
+        context = JobContext(ledger, Archive(tmp_path / "archive"))
+        told = await JOBS["snapshot"](context)
+    check_copy(Path(told["file"]), own.directory / "dump.rdb", told["sha256"])
+
+
+def check_copy(copy: Path, dump: Path, sha256: str) -> None:
+    assert copy.read_bytes() == dump.read_bytes()
+    assert sha256 == hashlib.sha256(copy.read_bytes()).hexdigest()
+    assert copy.with_suffix(".rdb.sha256").read_text() == f"{sha256}  {copy.name}\n"
+    assert copy.stat().st_mode & 0o077 == 0
+    assert {path.name for path in copy.parent.iterdir()} == {copy.name, f"{copy.name}.sha256"}
+
+
+async def test_a_failed_save_is_an_error(fresh_server, server):
+    """Where the server cannot write its dump the job says so, and says it again the next time."""
+    own = fresh_server(server.kind)
+    (own.directory / "dump.rdb").mkdir()
+    async with Ledger.connect(own.url) as ledger:
+        for _ in range(2):
+            with pytest.raises(errors.SnapshotFailed, match="BGSAVE failed"):
+                await take_snapshot(ledger.server)
+        (own.directory / "dump.rdb").rmdir()
+        assert await take_snapshot(ledger.server) is not None
+
+
+async def test_a_snapshot_under_way_is_left_to_end(fresh_server, tenant):
+    """While the server saves already, the job is skipped."""
+    own = fresh_server()
+    async with Ledger.connect(own.url) as ledger:
+        await ledger.append(tenant, escalation("d"))
+        own.cli("CONFIG", "SET", "rdb-key-save-delay", 10_000_000)
+        own.cli("BGSAVE")
+        assert "skipped" in await JOBS["snapshot"](JobContext(ledger))
+        assert await take_snapshot(ledger.server) is None
+
+
+async def test_a_snapshot_waits_for_a_rewrite(fresh_server, server, tenant):
+    """While the append-only file is rewritten BGSAVE is refused; the job waits and then saves."""
+    own = fresh_server(server.kind)
+    async with Ledger.connect(own.url) as ledger:
+        await ledger.append(tenant, escalation("d"))
+        own.cli("CONFIG", "SET", "rdb-key-save-delay", 100_000)
+        own.cli("BGREWRITEAOF")
+        assert own.cli("INFO", "persistence")["aof_rewrite_in_progress"] == 1
+        taken = await take_snapshot(ledger.server)
+        assert taken is not None
+        assert own.cli("INFO", "persistence")["rdb_saves"] == 1
+
+
+async def test_a_restart_in_the_middle_is_an_error(fresh_server, tenant):
+    """A server that comes back while it was to save has saved nothing, whatever it says then."""
+    own = fresh_server()
+    async with Ledger.connect(own.url) as ledger:
+        await ledger.append(tenant, escalation("d"))
+        own.cli("CONFIG", "SET", "rdb-key-save-delay", 500_000)
+        saving = asyncio.create_task(take_snapshot(ledger.server))
+        while own.cli("INFO", "persistence")["rdb_bgsave_in_progress"] != 1:  # noqa: ASYNC110 - a server's state has no event
+            await asyncio.sleep(0.01)
+        own.kill()
+        own.restart()
+        with pytest.raises(errors.SnapshotFailed, match="restarted"):
+            await saving
+
+
+async def test_an_archive_out_of_reach_is_an_error(fresh_server, tmp_path):
+    """No right to ask where the dump is, no dump there, or no RDB file: each says what to do."""
+    own = fresh_server()
+    own.cli("ACL", "SETUSER", "job", "on", ">pw", "~*", "+@all", "-config")
+    url = own.url.replace("redis://", "redis://job:pw@")
+    async with Ledger.connect(url) as ledger:
+        taken = await take_snapshot(ledger.server)
+        with pytest.raises(errors.SnapshotFailed, match="CONFIG is denied"):
+            await archive_snapshot(taken, tmp_path)
+    async with Ledger.connect(own.url) as ledger:
+        taken = await take_snapshot(ledger.server)
+        with pytest.raises(errors.SnapshotFailed, match=r"cannot be copied out.*must run where"):
+            await archive_snapshot(taken, own.directory / "dump.rdb" / "below a file")
+        taken.path.write_bytes(b"no dump")
+        with pytest.raises(errors.SnapshotFailed, match="no RDB file"):
+            await archive_snapshot(taken, tmp_path / "archive")
+        assert list((tmp_path / "archive").iterdir()) == []
+
+
+def copies_at(*moments: str) -> list[str]:
+    return [f"dump-{moment}-0123abcd.rdb" for moment in moments]
+
+
+def test_retention_keeps_the_newest_and_one_a_day():
+    """The newest N stay, of each of the last days the newest, and what is not ours always."""
+    now = datetime(2026, 3, 10, 12, tzinfo=UTC)
+    new = copies_at("20260310T110000000Z", "20260310T100000000Z", "20260310T090000000Z")
+    yesterday = copies_at("20260309T230000000Z", "20260309T010000000Z")
+    old = copies_at("20260101T000000000Z")
+    foreign = ["dump.rdb", "dump-20260101T000000000Z-0123abcd.rdb.sha256", "../x", "notes"]
+    names = [*new, *yesterday, *old, *foreign]
+    assert superfluous(names, Retention(2, 7), now) == sorted([new[2], yesterday[1], *old])
+    assert superfluous(names, Retention(2, 0), now) == sorted([new[2], *yesterday, *old])
+    assert superfluous(old, Retention(1, 0), now) == []
+
+
+@given(
+    st.lists(st.dates(date(2026, 1, 1), date(2026, 3, 1)), max_size=40),
+    st.integers(1, 10),
+    st.integers(0, 40),
+)
+def test_retention_never_empties_the_archive(moments, last, days):
+    """Whatever the rule is, the newest copy stays, and a second look removes nothing more."""
+    names = copies_at(*(f"{moment:%Y%m%d}T12{n:02}00000Z" for n, moment in enumerate(moments)))
+    gone = superfluous(names, Retention(last, days), datetime(2026, 3, 1, tzinfo=UTC))
+    left = set(names) - set(gone)
+    assert not names or max(names) in left
+    assert len(left) >= min(last, len(set(names)))
+    assert superfluous(left, Retention(last, days), datetime(2026, 3, 1, tzinfo=UTC)) == []
+
+
+# -- cleanup -------------------------------------------------------------------------------------
+
+NASTY = (
+    "claude-flow:ledger:{stale:*}:governance:decisions",
+    "claude-flow:ledger:{t}:governance:decisions",
+    "claude-flow:ledger:{t}:governance:head",
+    "claude-flow:ledger:{t}:governance:index",
+    "claude-flow:ledger:{t}:governance:index-rebuild",
+    "claude-flow:ledger:{t}:evidence:checkpoints",
+    "claude-flow:ledger:{t}:projection:active",
+    "claude-flow:ledger:{t}:projection:quarantine",
+    "claude-flow:ledger:{t}:projection:governance@1:rebuild",
+    "claude-flow:ledger:{t}:projection:governance@1:governance:decisions",
+    "claude-flow:ledger:{t}:projection:governance@1\n",
+    "claude-flow:ledger:{t}:projection:x@1}:governance:decisions",
+    "claude-flow:ledger:{}:projection:governance@1",
+    "claude-flow:ledger:{*}:projection:governance@1",
+    "claude-flow:ledger:_:tenants:all",
+    "claude-flow:ledger:_:feed:0",
+    "claude-flow:ledgerstale:x",
+    "claude-flow:memory",
+    "claude-flow:memorystale:x",
+    "stale:claude-flow:memory:x",
+    "x:claude-flow:memory:stale:1",
+    "CLAUDE-FLOW:MEMORY:STALE:1",
+    "",
+)
+
+
+@pytest.mark.parametrize("key", NASTY)
+def test_no_key_of_the_record_is_disposable(key):
+    """No stream, index, head, registry or look-alike passes the last check before UNLINK."""
+    assert not keys.is_disposable(key.encode())
+
+
+@given(
+    st.lists(
+        st.sampled_from(
+            [
+                *(
+                    "claude-flow:",
+                    "ledger:",
+                    "memory:",
+                    "{t}",
+                    "{",
+                    "}",
+                    ":",
+                    "*",
+                    "stale:",
+                    "\x01",
+                ),
+                *("@1", "governance:", "decisions", "head", "index", "projection:", ":7", "_"),
+                "governance@1",
+            ]
+        ),
+        max_size=12,
+    ).map("".join)
+)
+def test_what_is_disposable_is_memory_or_a_fold(key):
+    """By an independent reading of the key: the memory store, or projection name@version[:n]."""
+    if not keys.is_disposable(key.encode()):
+        return
+    store, *rest = key.removeprefix("claude-flow:").split(":")
+    if store == "memory":
+        return
+    tenant, kind, name, *bucket = rest
+    assert store == "ledger"
+    assert keys.is_tenant(tenant.removeprefix("{").removesuffix("}"))
+    assert kind == "projection"
+    assert name.rpartition("@")[2].isdigit()
+    assert len(bucket) <= 1
+    assert all(part.isdigit() for part in bucket)
+
+
+async def test_unlink_refuses_the_whole_batch(ledger, tenant):
+    """One key that may not go keeps all of its batch, and is named."""
+    await ledger.append(tenant, escalation("d"))
+    stale = f"{keys.MEMORY_STALE}x"
+    await ledger.server.command(stale, "SET", stale, "1")
+    with pytest.raises(errors.JobFailed, match="no key that a cleanup may delete"):
+        await unlink(ledger.server, "", [stale.encode(), keys.decisions(tenant).encode()])
+    assert await ledger.server.command(stale, "EXISTS", stale) == 1
+
+
+async def test_cleanup_deletes_rubbish_and_nothing_else(ledger, tenant):
+    """Stale keys and copies of lost tenants go, ours get their TTL back, nasty names stay."""
+    server = ledger.server
+    await ledger.append(tenant, escalation("d"))
+    await Projector(ledger).run_once([tenant])
+    copy = keys.governance_state(tenant)
+    envelope = await server.command(copy, "GET", copy)
+    await server.command(copy, "PERSIST", copy)
+    lost, own = keys.governance_state("lost-tenant"), keys.governance_state("own-value")
+    nasty = [key for key in NASTY if key and not key.startswith("claude-flow:ledger:_:")]
+    kept = [*nasty, own, "claude-flow:memory:acgs:session:stale:1", "claude-flow:memory:x"]
+    rubbish = [f"claude-flow:memory:stale:{name}" for name in ("1", "*", "\n{x}", "")]
+    await server.command(lost, "SET", lost, envelope)
+    for key in kept + rubbish:
+        await server.command(key, "SET", key, '{"value":1,"metadata":{}}')
+    await server.command("", "SET", b"claude-flow:memory:stale:\xff\xfe", "1")
+    before = {entry.id async for entry in ledger.replay(tenant)}
+    done = await Cleanup(ledger, 3600).run()
+    assert (done["stale"], done["orphaned"], done["given_a_ttl"]) == (5, 1, 1)
+    assert 0 < await server.command(copy, "TTL", copy) <= 3600
+    for key in kept:
+        assert await server.command(key, "EXISTS", key) == 1, key
+    assert {entry.id async for entry in ledger.replay(tenant)} == before
+    assert (await Cleanup(ledger, 3600).run())["stale"] == 0
+
+
+async def test_cleanup_leaves_copies_whose_ledger_is_only_unregistered(ledger, tenant):
+    """A registry that somebody deleted makes no tenant disappear."""
+    await ledger.append(tenant, escalation("d"))
+    await Projector(ledger).run_once([tenant])
+    await ledger.server.command(keys.TENANTS, "DEL", keys.TENANTS)
+    assert (await Cleanup(ledger, 3600).run())["orphaned"] == 0
+    assert (await StateReader(ledger).state(tenant)).source == "published"
+
+
+async def test_cleanup_deletes_folds_of_retired_versions(ledger, tenant):
+    """Below the active version and what this release folds the fold goes, with its buckets."""
+    await ledger.append(tenant, escalation("d"))
+    await Projector(ledger).run_once([tenant])
+    from ledger.service import cleanup
+
+    now = Governance().version
+    newer = type("Newer", (), {"name": "governance", "version": now + 2})
+    old = [keys.projection(tenant, "governance", version) for version in (now, now + 1)]
+    bucket = keys.projection_bucket(tenant, "governance", now + 1, 1023)
+    for key in (*old, bucket):
+        await ledger.server.command(key, "HSET", key, "x", "1")
+    active = keys.projection_active(tenant)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cleanup, "configured", lambda _: (newer,))
+        assert (await Cleanup(ledger, 0).run())["retired_folds"] == 0  # readers take it
+        await ledger.server.command(active, "HSET", active, "governance", now + 2)
+        assert (await Cleanup(ledger, 0).run())["retired_folds"] == 3
+    assert await ledger.server.command(bucket, "EXISTS", bucket) == 0
+    assert (await ledger.head(tenant)).seq == 1
+
+
+# -- append-only file, refresh, health -------------------------------------------------------------
+
+
+async def test_a_grown_append_only_file_is_rewritten(fresh_server, server):
+    """Past 64 MiB and twice its base it is rewritten; a small one, or none, is left alone."""
+    own = fresh_server(server.kind, config={"auto-aof-rewrite-percentage": 0, "appendfsync": "no"})
+    async with Ledger.connect(own.url) as ledger:
+        context = JobContext(ledger)
+        assert "skipped" in await JOBS["aof-rewrite"](context)
+        for _ in range(17):
+            await ledger.server.command("k", "SET", "k", b"x" * (4 << 20))
+        done = await JOBS["aof-rewrite"](context)
+        assert done["bytes_before"] > 64 << 20 > done["bytes"]
+        assert "skipped" in await JOBS["aof-rewrite"](context)
+        own.cli("CONFIG", "SET", "appendonly", "no")
+        assert "skipped" in await JOBS["aof-rewrite"](context)
+
+
+async def test_refresh_publishes_what_no_projector_keeps(ledger, tenant):
+    """A published copy that is gone or about to expire comes back; a fresh one is left alone."""
+    await ledger.append(tenant, escalation("d"))
+    copy = keys.governance_state(tenant)
+    for _ in range(2):
+        done = await JOBS["refresh"](JobContext(ledger))
+        assert done["refreshed"] == 1
+        assert await ledger.server.command(copy, "EXISTS", copy) == 1
+        assert (await JOBS["refresh"](JobContext(ledger)))["refreshed"] == 0
+        await ledger.server.command(copy, "DEL", copy)
+    assert (await JOBS["refresh"](JobContext(ledger)))["refreshed"] == 1
+    await ledger.server.command(copy, "EXPIRE", copy, 10)
+    assert (await JOBS["refresh"](JobContext(ledger)))["refreshed"] == 1
+
+
+async def test_health_keeps_a_bounded_run_of_samples(ledger):
+    """Each run adds a sample of the server's key metrics; old ones fall off the end."""
+    key = keys.HEALTH_SAMPLES
+    for n in range(1440):
+        await ledger.server.command(key, "XADD", key, f"{n + 1}-0", "run_id", "x")
+    told = await JOBS["health"](JobContext(ledger))
+    assert told["used_memory"] > 0
+    assert told["connected_clients"] >= 1
+    assert await ledger.server.command(key, "XLEN", key) == 1440
+    ((_, fields),) = await ledger.server.command(key, "XREVRANGE", key, "+", "-", "COUNT", 1)
+    assert dict(zip(fields[::2], fields[1::2], strict=True))[b"run_id"].decode() == told["run_id"]
+
+
+async def test_jobs_work_on_a_cluster(cluster, tenant):
+    """Snapshot, cleanup, expiry and health reach every primary."""
+    async with Ledger.connect(cluster.url) as ledger:
+        await ledger.append(tenant, escalation("d"))
+        await Projector(ledger).run_once([tenant])
+        for n in range(20):
+            key = f"{keys.MEMORY_STALE}{n}"
+            await ledger.server.command(key, "SET", key, "1")
+        context = JobContext(ledger)
+        assert (await JOBS["expire"](context))["expired"] >= 1
+        assert (await JOBS["cleanup"](context))["stale"] == 20
+        assert len((await JOBS["snapshot"](context))["nodes"]) == 3
+        assert len((await JOBS["health"](context))["nodes"]) == 3
+        assert (await ledger.get(tenant, "expire:d")).type == "escalation.resolved"
