@@ -14,6 +14,8 @@
     │   ├── StreamBlocked            a foreign id leaves no room for true times
     │   ├── LibraryTooNew            the server speaks only to newer releases
     │   ├── ForeignEntries           too many foreign entries to register in one go
+    │   ├── SealRefused              what would be signed contradicts what was signed before
+    │   ├── UnsafeKey                others can read or replace the signing key
     │   └── ServerInUse              another server or port holds the data directory
     ├── DurabilityNotReached         may be recorded, but not as safely as was asked
     ├── Unavailable                  the server cannot be asked now; a retry by id is safe
@@ -26,9 +28,11 @@
     │   ├── ServerLoading            the data set is still being read
     │   ├── ServerBusy               a snapshot error, a script or a failover holds writes back
     │   ├── FunctionMissing          the function library is not there and may not be loaded
+    │   ├── WitnessUnavailable       a witness cannot be asked now
     │   └── EmbeddedServerError      the private server did not start
     ├── ServerError                  the server refused the command for a reason we do not know
     ├── NotFound                     no such tenant, entry or state
+    ├── NotProved                    the evidence does not prove it; `facts` has the reason
     ├── EntriesMissing               the record has a hole
     ├── NotCaughtUp                  the projection has not folded that far yet
     ├── LedgerRolledBack             the ledger is behind what was already read from it
@@ -60,10 +64,12 @@ __all__ = [
     "LibraryTooNew",
     "NotCaughtUp",
     "NotFound",
+    "NotProved",
     "OutOfMemory",
     "PermissionDenied",
     "ReadOnlyReplica",
     "Refused",
+    "SealRefused",
     "ServerBusy",
     "ServerError",
     "ServerInUse",
@@ -72,7 +78,9 @@ __all__ = [
     "StreamBlocked",
     "TlsFailed",
     "Unavailable",
+    "UnsafeKey",
     "UnsafeServer",
+    "WitnessUnavailable",
     "WrongExpectedSeq",
 ]
 
@@ -151,6 +159,14 @@ class ForeignEntries(Refused):
     """More foreign entries than one call registers; the rest follow at the next call."""
 
 
+class SealRefused(Refused):
+    """The ledger contradicts what is anchored: nothing was signed; `facts` has the reason."""
+
+
+class UnsafeKey(Refused):
+    """The signing key's file can be read or replaced by other accounts."""
+
+
 class ServerInUse(Refused):
     """A server already runs on this data directory in another way than was asked for."""
 
@@ -202,6 +218,10 @@ class FunctionMissing(Unavailable):
     """The function library is absent and this user may not load it."""
 
 
+class WitnessUnavailable(Unavailable):
+    """A witness does not answer, or not as the protocol says."""
+
+
 class EmbeddedServerError(Unavailable):
     """The private server did not start or did not answer; the message ends with its log."""
 
@@ -212,6 +232,10 @@ class ServerError(LedgerError):
 
 class NotFound(LedgerError, LookupError):
     """There is no such tenant, entry or state."""
+
+
+class NotProved(LedgerError):
+    """The evidence does not prove what was asked; `facts` has `reason`, one short word or two."""
 
 
 class EntriesMissing(LedgerError):
