@@ -27,6 +27,8 @@ __all__ = [
     "attestation",
     "checked_tenant",
     "decisions",
+    "evidence_checkpoints",
+    "evidence_tiles",
     "governance_state",
     "head",
     "index",
@@ -123,6 +125,16 @@ def projection_active(tenant: str) -> str:
 def projection_quarantine(tenant: str) -> str:
     """Hash: `name@version:seq` → why that entry could not be folded."""
     return f"{LEDGER}:{{{tenant}}}:projection:quarantine"
+
+
+def evidence_checkpoints(tenant: str) -> str:
+    """Stream, capped: copies of the latest signed checkpoints; entry id `<tree size>-<copy>`."""
+    return f"{LEDGER}:{{{tenant}}}:evidence:checkpoints"
+
+
+def evidence_tiles(tenant: str) -> str:
+    """Hash: `<level>/<number>` → up to 256 node hashes of the evidence tree (C2SP tlog-tiles)."""
+    return f"{LEDGER}:{{{tenant}}}:evidence:tiles"
 
 
 def published(tenant: str, name: str) -> str:

@@ -5,8 +5,8 @@
               = str(name) ‖ 0x01 ‖ SHA-256(value)     each field named `data`
     str(x)    = u32(length of x) ‖ x;  u32 is 4 bytes, big-endian
 
-Every field of the stream entry is in it, in stored order, however often it is there. Of `data` it is
-the digest, so that a decision's data can be erased by law and all proofs still hold.
+Every field of the stream entry is in it, in stored order, however often it is there. Of `data` it
+is the digest, so that a decision's data can be erased by law and all proofs still hold.
 
 An *entry record*, which proofs carry, is the same with b"govledger data 1" in front and each `data`
 either in full (0x00, as other fields) or, where it is withheld, as its digest (0x01).
@@ -110,22 +110,17 @@ class EntryRecord:
     def without_data(self) -> EntryRecord:
         """The same entry with its data withheld: the digest is in its place."""
         fields = [
-            (name, True, value if digest or name != DATA else _sha256(value).digest())
-            if name == DATA
-            else (name, digest, value)
+            (name, name == DATA, value if digest or name != DATA else _sha256(value).digest())
             for name, digest, value in self.fields
         ]
         return EntryRecord(self.origin, self.entry_id, tuple(fields))
 
     def leaf_data(self) -> bytes:
         """The leaf that this entry has in the tree."""
-        return self.without_data()._encoded(LEAF)
+        return self.without_data().encode(LEAF)
 
-    def encode(self) -> bytes:
+    def encode(self, begin: bytes = RECORD) -> bytes:
         """The record's bytes."""
-        return self._encoded(RECORD)
-
-    def _encoded(self, begin: bytes) -> bytes:
         parts = [begin, _str(self.origin.encode()), _str(self.entry_id)]
         parts.append(_u32.pack(len(self.fields)))
         for name, digest, value in self.fields:

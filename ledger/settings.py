@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field, SecretStr, ValidationError
@@ -32,6 +33,24 @@ class Settings(BaseSettings):
 
     govledger_allow_eviction: bool = False
     """GOVLEDGER_ALLOW_EVICTION: append even to a server that may evict the ledger's keys."""
+
+    govledger_signing_key_file: Path | None = None
+    """GOVLEDGER_SIGNING_KEY_FILE: the sealer's key, a file that its owner alone can read."""
+
+    govledger_signing_key: SecretStr | None = None
+    """GOVLEDGER_SIGNING_KEY: the key itself, where there is no file."""
+
+    govledger_anchor: Path | None = None
+    """GOVLEDGER_ANCHOR: a directory outside Redis where signed checkpoints are kept."""
+
+    govledger_witnesses: str = ""
+    """GOVLEDGER_WITNESSES: who cosigns, `VKEY@URL` each, divided by spaces."""
+
+    govledger_seal_entries: Annotated[int, Field(ge=1)] = 10_000
+    """GOVLEDGER_SEAL_ENTRIES: a tenant is sealed when so many entries are new…"""
+
+    govledger_seal_seconds: Annotated[float, Field(gt=0)] = 60.0
+    """GOVLEDGER_SEAL_SECONDS: …or the oldest of them is so old."""
 
 
 def load_settings(**overrides: object) -> Settings:
