@@ -189,11 +189,9 @@ async def _checked(
 
 
 async def _entries(ledger: Ledger, tenant: str, first: int, last: int) -> list[Entry]:
-    found = []
     entries = ledger.replay(tenant, after=first - 1, until=last, foreign=True)
     async with aclosing(entries):
-        async for entry in entries:
-            found.append(entry)
+        found = [entry async for entry in entries]
     if [entry.seq for entry in found] != list(range(first, last + 1)):
         raise NotProved(f"seq {first}..{last} are not all there", reason="deleted")
     return found

@@ -29,7 +29,7 @@ from ledger.stream import raw_pages, read_head, split_id
 from ledger.tiles import Tiles, partial_rows
 from ledger.witness import WitnessClient
 
-__all__ = ["Finding", "Verification", "read_anchor", "verify"]
+__all__ = ["Finding", "Verification", "latest_checkpoint", "read_anchor", "verify"]
 
 _OWN_NAMES: Final = (b"type", b"id", b"data")
 _SHOWN: Final = 100
@@ -197,6 +197,22 @@ async def _anchor_of(
     return _anchored(Chain(key.name, (key,)), "Redis", lambda: iter(notes))
 
 
+async def latest_checkpoint(
+    server: Server, tenant: str, log_key: VerifierKey, anchor: str | Path | None
+) -> tuple[Checkpoint, Note]:
+    """The latest signed checkpoint of an anchor, or of the copies in Redis.
+
+    Raises:
+        NotProved: there is none, or none that the key has signed.
+    """
+    found = Verification(tenant, log_key.name, None)
+    anchored = await _anchor_of(server, found, log_key, anchor)
+    if not Handover.is_one(anchored.note):
+        return anchored.last, anchored.note
+    *_, (checkpoint, note) = (one for one in anchored.sizes() if not Handover.is_one(one[1]))
+    return checkpoint, note
+
+
 def _check_witnesses(found: Verification, note: Note, witnesses: Sequence[VerifierKey]) -> None:
     for witness in witnesses:
         try:
@@ -338,9 +354,9 @@ class _Run:
         ids, all_fields = zip(*page, strict=True)
         seqs = orjson.loads(b"[%b]" % b",".join(ids).replace(b"-", b","))[1::2]
         first = self._tree.size + 1
-        if seqs == list(range(first, first + len(seqs))) and set(map(len, all_fields)) == {6}:
-            if {(one[0], one[2], one[4]) for one in all_fields} == {_OWN_NAMES}:
-                return
+        dense = seqs == list(range(first, first + len(seqs))) and set(map(len, all_fields)) == {6}
+        if dense and {(one[0], one[2], one[4]) for one in all_fields} == {_OWN_NAMES}:
+            return
         for seq, (raw_id, fields) in enumerate(page, first):
             if fields[::2] != list(_OWN_NAMES) or split_id(raw_id)[1] != seq:
                 self._foreign_count += 1

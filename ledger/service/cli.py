@@ -8,12 +8,12 @@ from typing import Annotated, Any, Final, NoReturn
 import typer
 
 from ledger import __version__, errors
-from ledger.service import commands_project, commands_record, terminal
+from ledger.service import commands_evidence, commands_project, commands_record, terminal
 from ledger.service.command import app, print_lines
 
 __all__ = ["app", "main"]
 
-_ROOMS: Final = [room.__name__ for room in (commands_record, commands_project)]
+_ROOMS: Final = [room.__name__ for room in (commands_record, commands_project, commands_evidence)]
 """Whose commands there are, in the order of `--help`; importing a room adds its own to the app."""
 
 app.registered_commands.sort(
