@@ -19,7 +19,7 @@ import orjson
 
 from ledger import keys
 from ledger.anchor import AnchorFile, Chain, checkpoints_of, read_notes
-from ledger.errors import LedgerError, NotProved
+from ledger.errors import InvalidInput, LedgerError, NotProved
 from ledger.leaf import leaf_hasher
 from ledger.ledger import Ledger
 from ledger.merkle import EMPTY_ROOT, TILE_WIDTH, TileTree, cover, range_hash
@@ -35,6 +35,7 @@ _OWN_NAMES: Final = (b"type", b"id", b"data")
 _SHOWN: Final = 100
 _WINDOW: Final = 1000
 _MAX_COPIES: Final = 5000
+_URLS: Final = ("http://", "https://")
 
 Progress = Callable[[int], None]
 Hasher = Callable[[bytes, Sequence[bytes]], bytes]
@@ -106,7 +107,7 @@ def read_anchor(anchor: str | Path, origin: str, trusted: Sequence[VerifierKey])
         WitnessUnavailable: the witness does not answer.
     """
     text = str(anchor)
-    if text.startswith(("http://", "https://")):
+    if text.startswith(_URLS):
         found = WitnessClient(trusted[0], text).latest(origin)
         notes = [found] if found else []
         return _anchored(Chain(origin, tuple(trusted)), text, lambda: iter(notes))
@@ -165,6 +166,11 @@ async def verify(
         InvalidInput: the key is no log's.
     """
     log_key = key.for_log(tenant)
+    if str(anchor).startswith(_URLS) and not witnesses:
+        raise InvalidInput(
+            f"anchor: {anchor} could be anybody: the witness's key is missing",
+            hint="--witness-key VKEY",
+        )
     found = Verification(tenant, log_key.name, None if anchor is None else str(anchor))
     run = _Run(ledger.server, found, leaf_hasher(log_key.name), on_progress)
     try:
@@ -232,10 +238,6 @@ def _say_what_is_not_proved(found: Verification) -> None:
             ),
             "that the signer did not sign another history: only what is kept elsewhere shows that",
         ]
-    elif found.anchor.startswith("http") and not found.witnessed:
-        found.not_proved.append(
-            "that the witness answered, and not somebody in its name: give its key (--witness-key)"
-        )
     if found.proved and unsealed > 0:
         found.not_proved.append(
             f"seq {found.sealed + 1} to {found.entries}: recorded, and not sealed yet"
