@@ -75,7 +75,11 @@ ENTRY_ATTACKS = {
     "a field added": (lambda c: c.edit(7, lambda f: f.extend([b"x", b"y"])), "edited", 7),
     "data doubled": (lambda c: c.edit(7, lambda f: f.extend([b"data", f[5]])), "edited", 7),
     "a field removed": (lambda c: c.edit(7, lambda f: f.__delitem__(slice(2, 4))), "edited", 7),
-    "fields reordered": (lambda c: c.edit(7, lambda f: f.extend([f.pop(0), f.pop(0)])), "edited", 7),
+    "fields reordered": (
+        lambda c: c.edit(7, lambda f: f.extend([f.pop(0), f.pop(0)])),
+        "edited",
+        7,
+    ),
     "time changed": (lambda c: c.rewrite(moved_in_time), "edited", 9),
     "all times changed": (lambda c: c.rewrite(forward_first), "edited", 1),
     "an entry deleted": (lambda c: c.client.xdel(c.stream, c.entries()[5][0]), "deleted", 6),
@@ -85,7 +89,11 @@ ENTRY_ATTACKS = {
         "deleted",
         6,
     ),
-    "trimmed at the front": (lambda c: c.client.xtrim(c.stream, 4, approximate=False), "deleted", 1),
+    "trimmed at the front": (
+        lambda c: c.client.xtrim(c.stream, 4, approximate=False),
+        "deleted",
+        1,
+    ),
     "an entry inserted": (lambda c: c.rewrite(inserted_between), "inserted", 6),
     "an entry inserted, the rest renumbered": (lambda c: c.rewrite(inserted), "edited", 5),
     "two entries swapped": (lambda c: c.rewrite(swapped), "reordered", 4),
@@ -95,7 +103,11 @@ ENTRY_ATTACKS = {
         "cut-off",
         10,
     ),
-    "the last entry cut off": (lambda c: c.client.xdel(c.stream, c.entries()[-1][0]), "cut-off", 12),
+    "the last entry cut off": (
+        lambda c: c.client.xdel(c.stream, c.entries()[-1][0]),
+        "cut-off",
+        12,
+    ),
     "emptied": (lambda c: c.client.xtrim(c.stream, 0, approximate=False), "empty", 1),
     "the stream gone": (lambda c: c.client.delete(c.stream), "empty", 1),
 }
@@ -243,7 +255,7 @@ def unsigned_first(case):
 
 def bad_signature(case):
     raw = case.file.read_bytes()
-    at = raw.rindex(" ".encode()) + 20
+    at = raw.rindex(b" ") + 20
     case.file.write_bytes(flip(raw, at, 1) if raw[at] not in b"+/=" else flip(raw, at + 1, 1))
 
 

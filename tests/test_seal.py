@@ -454,7 +454,9 @@ async def test_running_sealer_seals_by_count_and_by_age(valkey, tmp_path):
         files = [AnchorFile(anchor, f"{DEPLOYMENT}/{one}").path for one in (busy, quiet)]
         try:
             await asyncio.to_thread(
-                wait_until, lambda: all(one.exists() and one.stat().st_size for one in files), "sealed"
+                wait_until,
+                lambda: all(one.exists() and one.stat().st_size for one in files),
+                "sealed",
             )
         finally:
             running.cancel()
