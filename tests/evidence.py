@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import base64
+import asyncio
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -76,6 +76,13 @@ class Case:
         for entry_id, fields in entries:
             self.client.execute_command("XADD", self.stream, entry_id, *fields)
 
+    def delete(self, *seqs: int) -> None:
+        entries = self.entries()
+        self.client.xdel(self.stream, *(entries[seq - 1][0] for seq in seqs))
+
+    def trim(self, length: int) -> None:
+        self.client.xtrim(self.stream, length, approximate=False)
+
     def edit(self, seq: int, change: Callable[[list[bytes]], None]) -> None:
         self.rewrite(lambda entries: change(entries[seq - 1][1]))
 
@@ -93,20 +100,13 @@ class Case:
         """All evidence in Redis made again, for the entries that are there now."""
         self.client.delete(self.tiles, self.copies, self.head, keys.index(self.tenant))
         await self.ledger.reindex(self.tenant)
-        anchor.mkdir()
+        await asyncio.to_thread(anchor.mkdir)
         await self.sealer(key, anchor).seal(self.tenant)
 
 
 def _raw(page: Any) -> list[Any]:
     """Entries as lists of fields, whatever shape redis-py gives them."""
-    found = []
-    for entry_id, fields in page:
-        if isinstance(fields, dict):
-            fields = [part for pair in fields.items() for part in pair]
-        elif fields and isinstance(fields[0], (list, tuple)):
-            fields = [part for pair in fields for part in pair]
-        found.append((entry_id, fields))
-    return found
+    return [(entry_id, [part for pair in fields for part in pair]) for entry_id, fields in page]
 
 
 @asynccontextmanager
@@ -131,7 +131,3 @@ def flip(raw: bytes, at: int, bit: int = 0) -> bytes:
 
 def signed(key: SigningKey, origin: str, size: int, root: bytes) -> Note:
     return Checkpoint(origin, size, root).signed(key)
-
-
-def b64_bytes(raw: bytes) -> bytes:
-    return base64.b64encode(raw)

@@ -65,6 +65,10 @@ def forward_first(entries):
         entries[i] = (b"%d-%b" % (int(time_ms) + 5, seq), entries[i][1])
 
 
+def turned(fields):
+    fields[:] = [*fields[2:], *fields[:2]]
+
+
 ENTRY_ATTACKS = {
     "a verdict edited": (lambda c: c.edit(4, data_byte), "edited", 4),
     "the first entry edited": (lambda c: c.edit(1, data_byte), "edited", 1),
@@ -90,7 +94,7 @@ ENTRY_ATTACKS = {
         6,
     ),
     "trimmed at the front": (
-        lambda c: c.client.xtrim(c.stream, 4, approximate=False),
+        lambda c: c.trim(4),
         "deleted",
         1,
     ),
@@ -104,11 +108,11 @@ ENTRY_ATTACKS = {
         10,
     ),
     "the last entry cut off": (
-        lambda c: c.client.xdel(c.stream, c.entries()[-1][0]),
+        lambda c: c.delete(12),
         "cut-off",
         12,
     ),
-    "emptied": (lambda c: c.client.xtrim(c.stream, 0, approximate=False), "empty", 1),
+    "emptied": (lambda c: c.trim(0), "empty", 1),
     "the stream gone": (lambda c: c.client.delete(c.stream), "empty", 1),
 }
 

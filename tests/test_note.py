@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,14 @@ from ledger.anchor import AnchorFile, read_notes
 from ledger.errors import InvalidInput, NotProved, UnsafeKey
 from ledger.keyfile import read_key, signing_key, write_key
 from ledger.leaf import EntryRecord, leaf_data, leaf_hasher
-from ledger.merkle import cover, inclusion_ranges, leaf_hash, perfect_root, range_hash
+from ledger.merkle import (
+    consistency_ranges,
+    cover,
+    inclusion_ranges,
+    leaf_hash,
+    perfect_root,
+    range_hash,
+)
 from ledger.note import Checkpoint, Handover, Note, SigningKey, VerifierKey, origin_of, signers
 from ledger.proof import ConsistencyProof, InclusionProof, RangeProof, parse_proof
 from ledger.settings import load_settings
@@ -38,12 +46,11 @@ ENOCH_LINE = (
     "WWd1RvMc+QQ=\n"
 )
 # The checkpoint of C2SP tlog-checkpoint's own page.
-C2SP_CHECKPOINT = """example.com/behind-the-sofa
-20852163
-CsUYapGGPo4dkMgIAUqom/Xajj7h2fB2MPA3j2jxq2I=
-
-— example.com/behind-the-sofa Az3grlgtzPICa5OS8npVmf1Myq/5IZniMp+ZJurmRDeOoRDe4URYN7u5/Zhcyv2q1gGzGku9nTo+zyWE+xeMcTOAYQ8=
-"""
+C2SP_CHECKPOINT = (
+    "example.com/behind-the-sofa\n20852163\nCsUYapGGPo4dkMgIAUqom/Xajj7h2fB2MPA3j2jxq2I=\n\n"
+    "— example.com/behind-the-sofa Az3grlgtzPICa5OS8npVmf1Myq/5IZniMp+ZJurmRDeOoRDe4URYN7u5/Zhcyv"
+    "2q1gGzGku9nTo+zyWE+xeMcTOAYQ8=\n"
+)
 
 ORIGIN = "acme.example/prod/t"
 KEY = SigningKey.parse(SigningKey.generate("acme.example/prod").encode())
@@ -340,7 +347,8 @@ def test_entry_of_another_log_is_refused():
 def test_consistency_is_between_the_two_checkpoints_given():
     """It verifies between those two, and fails for another earlier one, size or root."""
     old = checkpoint(4)
-    proof = ConsistencyProof(4, (node((2, 0)), node((2, 1)))[1:] and (_right(4),), checkpoint())
+    hashes = tuple(range_hash(*one, node) for one in consistency_ranges(4, 7))
+    proof = ConsistencyProof(4, hashes, checkpoint())
     parsed = parse_proof(proof.encode())
     assert parsed.verify([KEY.verifier()], old).old.size == 4
     with pytest.raises(NotProved, match="size"):
@@ -348,10 +356,6 @@ def test_consistency_is_between_the_two_checkpoints_given():
     forged = Checkpoint(ORIGIN, 4, b"r" * 32).signed(KEY)
     with pytest.raises(NotProved):
         parsed.verify([KEY.verifier()], forged)
-
-
-def _right(start):
-    return range_hash(start, 7, node)
 
 
 # -- anchor files ------------------------------------------------------------------------------
@@ -374,9 +378,7 @@ def test_anchor_tail_is_read_backwards_through_any_length(tmp_path):
 
 @given(st.integers(1, 400))
 def test_torn_tail_is_overwritten_by_the_next(cut):
-    """Whatever part of the last note is there, the file before it stays, and the next one follows."""
-    import tempfile
-
+    """Whatever part of the last note is there, what is before it stays, and the next one follows."""
     with tempfile.TemporaryDirectory() as folder:
         anchor = AnchorFile(Path(folder), ORIGIN)
         first, second = (checkpoint(size).encode() + b"\n" for size in (3, 7))

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from contextlib import contextmanager, suppress
+from itertools import pairwise
 
 import pytest
 
@@ -18,7 +19,7 @@ from ledger.note import Checkpoint, Handover, Note, SigningKey
 from ledger.seal import Sealer, rotate
 from ledger.service.witness_server import WitnessServer
 from ledger.verify import verify
-from ledger.witness import Witness, WitnessClient
+from ledger.witness import Witness, WitnessClient, log_path
 from tests.evidence import DEPLOYMENT, Case, decision, sealed_case
 from tests.servers import new_tenant, wait_until
 
@@ -69,7 +70,7 @@ def copied_notes(case):
 def whole_signed_notes(raw):
     """What a torn file shows: every note in it whose signature line is whole."""
     parts, found = raw.split(b"\n\n"), []
-    for text, signatures in zip(parts, parts[1:], strict=False):
+    for text, signatures in pairwise(parts):
         with suppress(errors.NotProved):
             found.append(Note.parse(text + b"\n\n" + signatures.rstrip(b"\n") + b"\n"))
     return found
@@ -193,19 +194,13 @@ async def test_kill_at_any_step_leaves_one_history(case, step, spawn, tmp_path):
         await case.append(21, 24)
         sealed = await Sealer(case.ledger, case.key, case.anchor, [client]).seal(case.tenant)
         assert sealed.checkpoint.size == 24
-        shown = Note.parse(witness.latest(f"/{_name(case)}/checkpoint").body)
+        shown = Note.parse(witness.latest(log_path(case.origin)).body)
         sources = (left_behind, anchor_notes(case), copied_notes(case), [shown])
         roots = roots_by_size(*sources)
         assert all(len(one) == 1 for one in roots.values())
         found = await case.verify(witnesses=[client.key])
         assert found.ok, found.findings
         assert found.sealed == 24
-
-
-def _name(case):
-    import hashlib
-
-    return hashlib.sha256(case.origin.encode()).hexdigest()
 
 
 async def test_kills_in_a_loop_leave_one_history(case, spawn, tmp_path):
@@ -348,7 +343,7 @@ async def test_tenant_like_the_deployments_end_is_refused(case):
 
 
 async def test_rotation_keeps_old_and_new_verifiers(case):
-    """After a hand-over the new key seals, the old one is refused, and trust in either is enough."""
+    """After a hand-over the new key seals, the old one is refused, and trust in either will do."""
     new, newest = SigningKey.generate(DEPLOYMENT), SigningKey.generate(DEPLOYMENT)
     assert rotate(case.anchor, case.key, new) == [case.origin]
     assert rotate(case.anchor, case.key, new) == []
@@ -453,11 +448,11 @@ async def test_running_sealer_seals_by_count_and_by_age(valkey, tmp_path):
         running = asyncio.ensure_future(sealer.run(every_entries=20, every_seconds=0.2))
         files = [AnchorFile(anchor, f"{DEPLOYMENT}/{one}").path for one in (busy, quiet)]
         try:
-            await asyncio.to_thread(
-                wait_until,
-                lambda: all(one.exists() and one.stat().st_size for one in files),
-                "sealed",
-            )
+
+            def all_sealed():
+                return all(one.exists() and one.stat().st_size for one in files)
+
+            await asyncio.to_thread(wait_until, all_sealed, "sealed")
         finally:
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)
