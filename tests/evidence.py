@@ -65,8 +65,11 @@ class Case:
     # -- an attacker's hands --
 
     def entries(self) -> list[tuple[bytes, list[bytes]]]:
-        page = self.client.execute_command("XRANGE", self.stream, "-", "+", NEVER_DECODE=[])
-        return [(one[0], list(one[1])) for one in _raw(page)]
+        page = self.client.execute_command("XRANGE", self.stream, "-", "+")
+        return [
+            (entry_id, [part for pair in dict(fields).items() for part in pair])
+            for entry_id, fields in page
+        ]
 
     def rewrite(self, change: Callable[[list[tuple[bytes, list[bytes]]]], None]) -> None:
         """The stream deleted and made again, as `change` leaves its entries."""
@@ -102,11 +105,6 @@ class Case:
         await self.ledger.reindex(self.tenant)
         await asyncio.to_thread(anchor.mkdir)
         await self.sealer(key, anchor).seal(self.tenant)
-
-
-def _raw(page: Any) -> list[Any]:
-    """Entries as lists of fields, whatever shape redis-py gives them."""
-    return [(entry_id, [part for pair in fields for part in pair]) for entry_id, fields in page]
 
 
 @asynccontextmanager

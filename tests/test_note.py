@@ -378,7 +378,7 @@ def test_anchor_tail_is_read_backwards_through_any_length(tmp_path):
 
 @given(st.integers(1, 400))
 def test_torn_tail_is_overwritten_by_the_next(cut):
-    """Whatever part of the last note is there, what is before it stays, and the next one follows."""
+    """Whatever part of the last note is there, what is before it stays, the next follows."""
     with tempfile.TemporaryDirectory() as folder:
         anchor = AnchorFile(Path(folder), ORIGIN)
         first, second = (checkpoint(size).encode() + b"\n" for size in (3, 7))
