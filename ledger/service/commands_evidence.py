@@ -298,6 +298,7 @@ def seal(
 
 
 async def _seal_for_ever(sealer: Sealer, *, as_json: bool) -> None:
+    os.nice(10)  # engines come first: it catches up when they rest
     address, settings = sealer.server.address, _settings()
     if as_json:
         print_json({"sealing": address, "key": str(sealer.key.verifier())})
