@@ -71,7 +71,7 @@ def test_a_log_that_grows_is_cosigned(witness):
 
 REFUSED = {
     "an unknown log": (request(0, 5, origin="other.example/t"), HTTPStatus.NOT_FOUND),
-    "a log of no tenant": (request(0, 5, origin="acme.example/prod/t t"), HTTPStatus.NOT_FOUND),
+    "a log of no tenant": (request(0, 5, origin="acme.example/prod/stale"), HTTPStatus.NOT_FOUND),
     "another key": (request(0, 5, key=SigningKey.generate(LOG.name)), HTTPStatus.FORBIDDEN),
     "an old size beyond the new": (request(9, 6), HTTPStatus.BAD_REQUEST),
     "an old size that is not the last": (request(3, 12), HTTPStatus.CONFLICT),
