@@ -415,13 +415,18 @@ class Sealer:
         """Seals what there is now.
 
         Raises:
-            SealRefused: a tenant could not be sealed; the others were.
+            Unavailable: the server cannot be asked.
+            LedgerError: a tenant could not be sealed, and why; the others were, and are in the
+                error's `facts["sealed"]`.
         """
-        done, refused = [], None
+        done: list[Sealed] = []
+        refused: errors.LedgerError | None = None
         for tenant in tenants or list(await self._behind()):
             try:
                 done.append(await self.seal(tenant))
-            except errors.SealRefused as error:
+            except (errors.Unavailable, errors.InvalidSetting):
+                raise
+            except errors.LedgerError as error:
                 _log.error("tenant %s: not sealed: %s", tenant, error)
                 refused = error
         if refused:

@@ -27,7 +27,8 @@ GOVLEDGER: Final = [sys.executable, "-m", "ledger"]
 _FORKER: Final = """
 import json, os, signal, sys, traceback
 import projections
-from ledger.service import appending, cli, jsonl, operate, render, state
+from ledger import prove, seal, verify
+from ledger.service import appending, cli, jsonl, operate, render, state, witness_server
 
 def command(asked):
     signal.alarm(60)

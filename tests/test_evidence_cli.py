@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 import pytest
 
 from ledger import keys
+from ledger.service.commands_evidence import app
 from tests.commands import GOVLEDGER, environment, run
 from tests.evidence import flip
 
@@ -219,3 +220,37 @@ def test_bad_usage_ends_with_2(owner, args):
     done = owner.run(*args, "--json")
     assert done.code == 2, done.err
     assert "Traceback" not in done.err
+
+
+def test_examples_in_the_help_work(fresh_server, tenant, tmp_path):
+    """Each example of these commands does what it says, with a user's own names in it."""
+    owner = Owner(fresh_server().url, tenant, tmp_path)  # as one of them seals all tenants
+    owner.run("append", owner.tenant, "-", stdin=lines(21, 21))
+    names = {
+        "acgs-dev": owner.tenant,
+        "/mnt/anchor": str(owner.anchor),
+        "seal.key": str(owner.key_file),
+        "acme.example/prod+0f1e2d3c+AbCd…": owner.key,
+        "VKEY": owner.key,
+    }
+    (tmp_path / "events.jsonl").write_bytes(lines(1, 1))
+    examples = [
+        line.strip()
+        for command in app.registered_commands
+        if command.callback.__module__.endswith("commands_evidence")
+        for line in command.epilog.splitlines()
+        if "govledger " in line
+    ]
+    assert len(examples) == 8
+    today = datetime.now(UTC).date().isoformat()
+    names["2026-03-01..2026-03-31"] = f"{today}..2099-01-01"
+    for example in examples:
+        line = example
+        for name, value in names.items():
+            line = line.replace(name, value)
+        done = owner.run(*line.split()[1:], cwd=tmp_path)
+        assert done.code == 0, (line, done.out, done.err)
+        if "--once" in line:
+            (file,) = [one for one in owner.anchor.iterdir() if owner.tenant in one.name]
+            for name in ("checkpoint.txt", "january.checkpoint"):
+                (tmp_path / name).write_bytes(file.read_bytes())

@@ -50,7 +50,7 @@ def test_every_command_works_in_order(embedded_dir):
     lines = [line for block in blocks("bash") for line in block.splitlines() if line.strip()]
     assert len(lines) >= 8
     for line in lines:
-        run(["bash", "-c", line], embedded_dir)
+        run(["bash", "-c", line], embedded_dir, cwd=embedded_dir.parent)
 
 
 @pytest.mark.parametrize(

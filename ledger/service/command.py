@@ -36,7 +36,8 @@ __all__ = [
 _EXIT_CODES: Final = """\b
 Exit codes:
   0    done
-  1    a negative answer: not found, entries missing, not folded that far
+  1    a negative answer: not found, entries missing, not folded that far,
+       not proved
   2    bad usage or bad input, such as lines that cannot be recorded
   3    the server cannot be used now: unreachable, password, TLS, rights,
        loading, out of memory, read-only

@@ -266,7 +266,7 @@ def seal(
     url: Url = None,
     as_json: Json = False,
 ) -> None:
-    """Seal what is recorded: sign the tenants' trees, and keep that outside Redis.
+    """Sign what is recorded, and keep the signatures outside Redis.
 
     Runs until stopped, and seals a tenant when GOVLEDGER_SEAL_ENTRIES are new or the oldest of them
     is GOVLEDGER_SEAL_SECONDS old. Exits with 4 where a ledger contradicts its anchor: then nothing
@@ -318,7 +318,7 @@ async def _seal_once(
         await sealer.rebuild_tiles(tenant)
     try:
         done = await sealer.run_once(tenants)
-    except errors.SealRefused as error:
+    except errors.LedgerError as error:
         sealed: Any = error.facts.get("sealed", [])
         _print_sealed(sealed, as_json=as_json)
         sys.stdout.flush()
@@ -377,7 +377,7 @@ def verify(
     url: Url = None,
     as_json: Json = False,
 ) -> None:
-    """Derive everything anew from the raw entries, and compare with what was signed.
+    """Compare the raw entries with what was signed.
 
     Exits with 0 only where that is proved and nothing is found; with 1 it says what is wrong, and
     where. Without an anchor nothing is proved, and it says why.
@@ -477,8 +477,9 @@ def prove(
     url: Url = None,
     as_json: Json = False,
 ) -> None:
-    """Write a proof that an entry, or a range of them, is in the log: one file, to be verified
-    offline by `govledger verify-proof`.
+    """Write a proof of an entry, a range or a continuation.
+
+    One file, to be verified offline by `govledger verify-proof`.
     """
     given = [event_id, seq, range_text, continues]
     if sum(one is not None for one in given) != 1:
@@ -547,7 +548,8 @@ def _write_new(path: Path, raw: bytes) -> None:
 
 
 @app.command(
-    epilog=example("govledger verify-proof d-1.tlog-proof --key acme.example/prod+0f1e2d3c+AbCd…")
+    "verify-proof",
+    epilog=example("govledger verify-proof d-1.tlog-proof --key acme.example/prod+0f1e2d3c+AbCd…"),
 )
 def verify_proof(
     file: Annotated[Path, typer.Argument(metavar="FILE", show_default=False)],
@@ -571,9 +573,9 @@ def verify_proof(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Verify a proof: without Redis, without a network. Exits with 0 only if it proves something.
+    """Verify a proof, without Redis and without a network.
 
-    Prints what it proves, and the entries.
+    Prints what it proves, and the entries. Exits with 0 only if it proves something.
     """
     from ledger.note import VerifierKey
     from ledger.proof import MAX_RANGE_BYTES, ConsistencyProof, parse_proof
