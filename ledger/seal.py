@@ -47,6 +47,9 @@ SWEEP_INTERVAL_S: Final = 1.0
 SEALS_AT_ONCE: Final = 8
 HEADS_A_CALL: Final = 1000
 COPIES_KEPT: Final = 1000
+LOGS_KEPT: Final = 1000
+"""How many tenants' trees stay in memory, some 20 KiB each."""
+
 ATTEMPTS: Final = 3
 _log = logging.getLogger("ledger")
 
@@ -113,6 +116,7 @@ class Sealer:
         """Tenants that are not sealed any more, and why."""
         self._batch = batch_entries
         self._logs: dict[str, _Log] = {}
+        self._sizes: dict[str, int] = {}
         self._locks: dict[str, asyncio.Lock] = {}
 
     # -- one tenant ---------------------------------------------------------------------------
@@ -129,26 +133,28 @@ class Sealer:
         keys.checked_tenant(tenant)
         lock = self._locks.setdefault(tenant, asyncio.Lock())
         async with lock:
-            try:
-                return await self._seal(tenant, on_progress)
-            except BaseException:
-                self._logs.pop(tenant, None)
-                raise
+            log = self._logs.pop(tenant, None)  # what fails, or is not used, is opened anew
+            sealed = await self._seal(tenant, log, on_progress)
+            while len(self._logs) > LOGS_KEPT:
+                self._logs.pop(next(iter(self._logs)))
+            return sealed
 
-    async def _seal(self, tenant: str, on_progress: Progress | None) -> Sealed:
+    async def _seal(self, tenant: str, log: _Log | None, on_progress: Progress | None) -> Sealed:
         count = 0
         until_ms = await self._until_ms(tenant)
         for _ in range(ATTEMPTS):
             try:
-                log = await self._opened(tenant)
+                log = log or await self._open(tenant)
                 while await self._grow(log, until_ms, on_progress):
                     count += log.tree.size - log.sealed.size
                     await self._sign(log)
                     if log.used_up:
-                        log = await self._opened(tenant, anew=True)
-                return await self._publish(log, count, waiting=until_ms is not None)
+                        log = await self._open(tenant)
+                sealed = await self._publish(log, count, waiting=until_ms is not None)
+                self._logs[tenant], self._sizes[tenant] = log, log.sealed.size
+                return sealed
             except _AnchorMoved:
-                self._logs.pop(tenant, None)
+                log = None
         raise errors.SealRefused(
             f"tenant {tenant}: other sealers kept sealing it", hint="one is enough", reason="busy"
         )
@@ -159,12 +165,6 @@ class Sealer:
             return None
         seconds, micros = await self.server.command(key, "TIME")
         return int(seconds) * 1000 + int(micros) // 1000 - SETTLE_MS
-
-    async def _opened(self, tenant: str, *, anew: bool = False) -> _Log:
-        log = self._logs.get(tenant)
-        if log is None or anew:
-            log = self._logs[tenant] = await self._open(tenant)
-        return log
 
     async def _open(self, tenant: str) -> _Log:
         """The log as the anchor has it, and the tree and place in the stream that belong to it."""
@@ -439,7 +439,8 @@ class Sealer:
             await self.seal(tenant)
         except errors.SealRefused as error:
             _log.error("tenant %s: NOT SEALED ANY MORE: %s", tenant, error)
-            self.stopped[tenant] = error
+            if error.facts.get("reason") != "busy":
+                self.stopped[tenant] = error
         except errors.LedgerError as error:
             _log.error("tenant %s: not sealed: %s", tenant, error)
 
@@ -456,9 +457,9 @@ class Sealer:
                 except errors.LedgerError as error:
                     _log.error("tenant %s: not sealed: %s", tenant, error)
                     continue
-                log = self._logs.get(tenant)
-                if head.seq > (log.sealed.size if log else 0):
-                    found[tenant] = head.seq - (log.sealed.size if log else 0)
+                sealed = self._sizes.get(tenant, 0)
+                if head.seq > sealed:
+                    found[tenant] = head.seq - sealed
         return found
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import Final
 
 from ledger import keys
-from ledger.errors import NotProved
+from ledger.errors import NotProved, ServerError
 from ledger.merkle import (
     HASH_BYTES,
     TILE_WIDTH,
@@ -84,7 +84,12 @@ class Tiles:
         if not names:
             return found
         fields = [f"{level}/{number}" for level, number in names]
-        replies = await self._server.command(self._key, "HMGET", self._key, *fields)
+        try:
+            replies = await self._server.command(self._key, "HMGET", self._key, *fields)
+        except ServerError as error:
+            if "WRONGTYPE" not in error.message:
+                raise
+            return found
         for name, raw in zip(names, replies, strict=True):
             if raw and len(raw) % HASH_BYTES == 0 and len(raw) <= HASH_BYTES * TILE_WIDTH:
                 found[name] = [raw[at : at + HASH_BYTES] for at in range(0, len(raw), HASH_BYTES)]

@@ -9,7 +9,7 @@ one (they cannot be forged) show the first entry that was touched.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +19,7 @@ import orjson
 
 from ledger import keys
 from ledger.anchor import AnchorFile, Chain, checkpoints_of, read_notes
-from ledger.errors import InvalidInput, LedgerError, NotProved
+from ledger.errors import InvalidInput, LedgerError, NotProved, ServerError, Unavailable
 from ledger.leaf import leaf_hasher
 from ledger.ledger import Ledger
 from ledger.merkle import EMPTY_ROOT, TILE_WIDTH, TileTree, cover, range_hash
@@ -181,14 +181,20 @@ async def verify(
         return found
     found.sealed, found.root = anchored.last.size, anchored.last.root
     _check_witnesses(found, anchored.note, witnesses)
-    await run.read_copies(anchored)
     try:
+        # Before the entries, so that what is appended meanwhile is no contradiction.
+        await run.read_head()
+        await run.read_copies(anchored)
         if await run.compare(anchored):
             found.proved = anchor is not None
             await run.check_tiles()
+            run.check_ends()
     except NotProved as error:
         found.found(str(error.facts["reason"]), error.message)
-    await run.check_head()
+    except (TypeError, ValueError, LookupError, AttributeError) as error:
+        # Its owner is whom we do not trust: a server can answer anything.
+        found.proved = False
+        found.found("malformed", f"the server answers what no Redis does: {error!r}"[:300])
     run.report_foreign(allowed=allow_foreign)
     _say_what_is_not_proved(found)
     return found
@@ -263,6 +269,7 @@ class _Run:
         self._foreign_count = 0
         self._damaged: int | None = None
         self._good: Checkpoint | None = None
+        self._head_seq = 0
         self._copies: list[Checkpoint] = []
         self._tree = TileTree(self._keep_full)
         self._full: list[tuple[int, int, list[bytes]]] = []
@@ -275,6 +282,8 @@ class _Run:
         """Whether the entries lead to every signed root; findings say where they do not."""
         expected = anchored.sizes()
         wanted = next(expected, None)
+        stream = keys.decisions(self.tenant)
+        await _of_type(self.server.command(stream, "XLEN", stream), stream)
         async with aclosing(raw_pages(self.server, self.tenant)) as pages:
             async for page in pages:
                 leaves = [self.hashed(raw_id, fields) for raw_id, fields in page]
@@ -389,13 +398,8 @@ class _Run:
             return
         if await self._tiles_lead_to(anchored.last) and await self._locate_by_tiles(anchored.last):
             return
-        try:
-            head = await read_head(self.server, self.tenant)
-            restored = head.seq == found.entries
-        except LedgerError:
-            restored = False
         last = await self._last_copy()
-        if restored and (last is None or last.size <= found.entries):
+        if self._head_seq == found.entries and (last is None or last.size <= found.entries):
             found.found(
                 "rolled-back",
                 f"restored to seq {found.entries}, the anchor has {size}: an earlier state of the "
@@ -415,7 +419,7 @@ class _Run:
         try:
             async for _, note in _copies(self.server, self.tenant):
                 last = Checkpoint.parse(note.text)
-        except (NotProved, LedgerError):
+        except NotProved:
             return None
         return last
 
@@ -517,22 +521,44 @@ class _Run:
             raise NotProved(f"there are more than {_MAX_COPIES}", reason="too-many")
         return checkpoint
 
-    async def check_head(self) -> None:
-        """Whether the function's own record is in front of the stream: then entries are gone that
-        were never sealed.
-        """
+    async def read_head(self) -> None:
+        """The append function's own record of the stream, for `check_ends`."""
         try:
-            head = await read_head(self.server, self.tenant)
+            self._head_seq = (await read_head(self.server, self.tenant)).seq
+        except Unavailable:
+            raise
         except LedgerError as error:
             self.found.found("head-damaged", error.message)
-            return
-        if self.found.proved and head.seq > self.found.entries:
+
+    def check_ends(self) -> None:
+        """Whether the head or a signed copy is in front of the stream: then entries are gone that
+        the anchor does not know of.
+        """
+        entries = self.found.entries
+        if self._head_seq > entries:
             self.found.found(
                 "unsealed-gone",
-                f"governance:head knows seq {head.seq}, the stream ends at {self.found.entries}: "
+                f"governance:head knows seq {self._head_seq}, the stream ends at {entries}: "
                 "entries that were not sealed yet are gone",
-                self.found.entries + 1,
+                entries + 1,
             )
+        if self._copies:
+            self.found.found(
+                "cut-off",
+                f"Redis has a signed checkpoint of size {self._copies[-1].size}, the stream ends "
+                f"at {entries}: entries behind what this anchor knows are gone",
+                entries + 1,
+            )
+
+
+async def _of_type(reply: Awaitable[Any], key: str) -> Any:
+    """A reply; a key that somebody has put another type under proves nothing."""
+    try:
+        return await reply
+    except ServerError as error:
+        if "WRONGTYPE" in error.message:
+            raise NotProved(f"{key} is no stream", reason="malformed") from None
+        raise
 
 
 async def _copies(server: Server, tenant: str) -> AsyncIterator[tuple[int, Note]]:
@@ -543,12 +569,9 @@ async def _copies(server: Server, tenant: str) -> AsyncIterator[tuple[int, Note]
     """
     key, after = keys.evidence_checkpoints(tenant), "0-0"
     while True:
-        try:
-            page = await server.command(key, "XRANGE", key, f"({after}", "+", "COUNT", _WINDOW)
-        except LedgerError as error:
-            if "WRONGTYPE" in error.message:
-                raise NotProved(f"{key} is no stream", reason="malformed") from None
-            raise
+        page = await _of_type(
+            server.command(key, "XRANGE", key, f"({after}", "+", "COUNT", _WINDOW), key
+        )
         for raw_id, fields in page:
             if len(fields) != 2 or fields[0] != b"note":
                 raise NotProved(f"{raw_id.decode()} is no note", reason="malformed")

@@ -646,7 +646,7 @@ async def proof(bench: Bench) -> Measured:
 
 async def beside(bench: Bench) -> Measured:
     """Batches of 1,000 with a sealer running, and without."""
-    count = bench.size(100_000)
+    count = bench.size(200_000)
     await bench.reset("always")
 
     async def with_sealer() -> float:

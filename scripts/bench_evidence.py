@@ -138,7 +138,7 @@ async def sealer_beside(bench: Bench) -> AsyncIterator[None]:
     (folder / "key").touch(0o600)
     (folder / "key").write_text(SigningKey.generate(DEPLOYMENT).encode())
     (folder / "anchor").mkdir()
-    environment = {**os.environ, "GOVLEDGER_SEAL_SECONDS": "0.1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "GOVLEDGER_SEAL_SECONDS": "1", "PYTHONPATH": str(ROOT)}
     argv = [sys.executable, "-m", "ledger", "seal", "--url", bench.server.url, "--json"]
     argv += ["--key-file", str(folder / "key"), "--anchor", str(folder / "anchor")]
     process = await asyncio.create_subprocess_exec(

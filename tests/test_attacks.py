@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from ledger import keys
@@ -113,6 +115,11 @@ ENTRY_ATTACKS = {
         12,
     ),
     "emptied": (lambda c: c.trim(0), "empty", 1),
+    "another type": (
+        lambda c: (c.client.delete(c.stream), c.client.set(c.stream, "x")),
+        "malformed",
+        None,
+    ),
     "the stream gone": (lambda c: c.client.delete(c.stream), "empty", 1),
 }
 
@@ -137,8 +144,8 @@ async def test_changed_entries_are_caught_where_tiles_were_changed_too(case, nam
     found = await case.verify()
     assert not found.proved
     first = found.findings[0]
-    assert first.reason in {"rewritten", "cut-off", "rolled-back", "empty"}
-    assert first.seq is not None
+    assert first.reason in {"rewritten", "cut-off", "rolled-back", "empty", "malformed"}
+    assert (first.seq is None) == (first.reason == "malformed")
 
 
 async def test_untouched_record_is_proved(case):
@@ -385,6 +392,10 @@ COPY_ATTACKS = {
         lambda c: (c.client.delete(c.copies), c.client.set(c.copies, "x")),
         "copy-malformed",
     ),
+    "tiles of another type": (
+        lambda c: (c.client.delete(c.tiles), c.client.set(c.tiles, "x")),
+        "tiles-damaged",
+    ),
     "the head deleted": (lambda c: c.client.delete(c.head), "head-damaged"),
     "the head damaged": (lambda c: c.client.hset(c.head, "seq", "x"), "head-damaged"),
     "the head ahead": (lambda c: c.client.hset(c.head, "seq", 20), "unsealed-gone"),
@@ -433,3 +444,49 @@ async def test_tenant_that_was_never_sealed_is_not_proved(case):
     found = await verify(case.ledger, new_tenant(), case.key.verifier(), anchor=case.file)
     assert [one.reason for one in found.findings] == ["wrong-origin"]
     assert keys.decisions(case.tenant) == case.stream
+
+
+async def test_old_anchor_and_a_cut_that_redis_signed_for(case, tmp_path):
+    """With an older checkpoint, entries that a later signed copy in Redis covers are missed."""
+    kept = tmp_path / "kept.checkpoint"
+    kept.write_bytes(case.file.read_bytes())
+    await case.append(13, 15)
+    await case.sealer().seal(case.tenant)
+    case.delete(14, 15)
+    case.client.hset(case.head, "seq", 13)
+    found = await case.verify(anchor=kept)
+    assert found.proved
+    assert [(one.reason, one.seq) for one in found.findings] == [("cut-off", 14)]
+
+
+async def test_appends_during_a_verification_are_no_finding(case):
+    """Entries that come while the record is read change nothing about what was sealed."""
+    stop = asyncio.Event()
+
+    async def keep_appending():
+        number = 13
+        while not stop.is_set():
+            await case.append(number, number)
+            await case.sealer().seal(case.tenant)
+            number += 1
+
+    appending = asyncio.ensure_future(keep_appending())
+    for _ in range(15):
+        found = await case.verify()
+        assert found.ok, found.findings
+    stop.set()
+    await appending
+
+
+async def test_server_that_answers_nonsense_proves_nothing(case, monkeypatch):
+    """What no Redis answers is a finding, not a traceback: the owner is whom nobody trusts."""
+    real = case.ledger.server.command
+
+    async def lying(key, *args):
+        reply = await real(key, *args)
+        return [[b"x", 7], None] if args[0] == "XRANGE" and key == case.stream else reply
+
+    monkeypatch.setattr(case.ledger.server, "command", lying)
+    found = await case.verify()
+    assert not found.proved
+    assert [one.reason for one in found.findings] == ["malformed"]

@@ -298,7 +298,7 @@ def seal(
 
 
 async def _seal_for_ever(sealer: Sealer, *, as_json: bool) -> None:
-    os.nice(10)  # engines come first: it catches up when they rest
+    os.nice(15)  # engines come first: it catches up when they rest
     address, settings = sealer.server.address, _settings()
     if as_json:
         print_json({"sealing": address, "key": str(sealer.key.verifier())})
@@ -447,7 +447,8 @@ def prove(
     event_id: Annotated[str | None, typer.Argument(metavar="ID", show_default=False)] = None,
     *,
     output: Annotated[
-        Path, typer.Option("-o", "--output", metavar="FILE", show_default=False, help="New file.")
+        Path,
+        typer.Option("-o", "--output", metavar="FILE", show_default=False, help="Where it goes."),
     ],
     seq: Annotated[
         int | None, typer.Option(metavar="SEQ", min=1, show_default=False, help="Instead of ID.")
