@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import random
 
 import pytest
 
 from ledger import keys
+from ledger.errors import NotProved
 from ledger.note import Checkpoint, Handover, Note, SigningKey
+from ledger.prove import prove
 from ledger.verify import verify
 from tests.evidence import DEPLOYMENT, flip, sealed_case, signed
 from tests.servers import new_tenant
@@ -490,3 +493,43 @@ async def test_server_that_answers_nonsense_proves_nothing(case, monkeypatch):
     found = await case.verify()
     assert not found.proved
     assert [one.reason for one in found.findings] == ["malformed"]
+
+
+async def test_proofs_are_checked_before_they_are_handed_out(case):
+    """What is not sealed, was changed, or has damaged tiles gives an error and no proof."""
+    options = {"key": case.key.verifier(), "anchor": case.anchor}
+
+    async def refused(**asked):
+        with pytest.raises(NotProved) as caught:
+            await prove(case.ledger, case.tenant, **asked, **options)
+        return caught.value.facts["reason"]
+
+    proof = await prove(case.ledger, case.tenant, "d-4", **options)
+    assert proof.verify([case.key.verifier()]).first_seq == 4
+    await case.append(13, 13)
+    assert await refused(seq=13) == "not-sealed"
+    tile_flipped(case)
+    assert await refused(seq=9) == "tiles-damaged"
+    await case.sealer().rebuild_tiles(case.tenant)
+    case.edit(4, data_byte)
+    assert await refused(seq=4) == "edited"
+    case.client.delete(case.tiles)
+    assert await refused(seq=9) == "tiles-damaged"
+
+
+async def test_flipped_bytes_of_entries_are_found(case):
+    """Any byte of any field of any sealed entry, flipped in Redis: the very entry is named."""
+    rng = random.Random(7)
+    honest = case.entries()
+    for _ in range(25):
+        seq, field = rng.randrange(1, 13), rng.randrange(6)
+
+        def change(fields, field=field):
+            fields[field] = flip(fields[field], rng.randrange(len(fields[field])), rng.randrange(8))
+
+        case.edit(seq, change)
+        found = await case.verify()
+        assert not found.proved
+        assert (found.findings[0].reason, found.findings[0].seq) == ("edited", seq)
+        case.rewrite(lambda entries: entries.__setitem__(slice(None), honest))
+        assert (await case.verify()).proved

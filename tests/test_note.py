@@ -25,6 +25,7 @@ from ledger.merkle import (
 from ledger.note import Checkpoint, Handover, Note, SigningKey, VerifierKey, origin_of, signers
 from ledger.proof import ConsistencyProof, InclusionProof, RangeProof, parse_proof
 from ledger.settings import load_settings
+from ledger.verify import read_anchor
 from tests.evidence import flip
 
 FORMAT = (Path(__file__).parent.parent / "FORMAT.md").read_text()
@@ -389,3 +390,18 @@ def test_torn_tail_is_overwritten_by_the_next(cut):
             assert tail.torn in (None, Checkpoint.parse(Note.parse(second[:-1]).text))
             anchor.append(stream, tail, Note.parse(second[:-1]))
         assert anchor.path.read_bytes() == first + second
+
+
+@given(st.data())
+def test_no_flipped_bit_of_an_anchor_is_accepted(data):
+    """Any flipped bit of an anchor file of two checkpoints makes it prove nothing."""
+    raw = b"".join(checkpoint(size).encode() + b"\n" for size in (3, 7))
+    at, bit = data.draw(st.integers(0, len(raw) - 1)), data.draw(st.integers(0, 7))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kept.checkpoints"
+        path.write_bytes(raw)
+        key = KEY.verifier(ORIGIN)
+        assert [one.size for one, _ in read_anchor(path, ORIGIN, [key]).sizes()] == [3, 7]
+        path.write_bytes(flip(raw, at, bit))
+        with pytest.raises(NotProved):
+            list(read_anchor(path, ORIGIN, [key]).sizes())
