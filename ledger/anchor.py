@@ -187,6 +187,9 @@ class AnchorFile:
         chain = Chain(origin, tuple(trusted))
         if self.path.exists():
             with self.path.open("rb") as stream:
+                if not any(map(Handover.FIRST_LINE.__eq__, _lines(stream))):
+                    return chain  # and no note was decoded
+                stream.seek(0)
                 for note in _up_to_torn(read_notes(stream, self.path.name)):
                     if Handover.is_one(note):
                         chain.add(Handover.parse(note))
@@ -243,6 +246,10 @@ class AnchorFile:
         stream.write(note.encode() + b"\n")
         stream.flush()
         os.fsync(stream.fileno())
+
+
+def _lines(stream: BinaryIO) -> Iterator[bytes]:
+    return iter(lambda: stream.readline(MAX_NOTE_BYTES), b"")
 
 
 def _up_to_torn(notes: Iterator[Note]) -> Iterator[Note]:

@@ -18,7 +18,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import ClassVar, Final
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -427,6 +427,8 @@ class Checkpoint:
 class Handover:
     """One key names the next: a note that both sign; `at` is the last checkpoint of the old one."""
 
+    FIRST_LINE: ClassVar[bytes] = f"{_HANDOVER}\n".encode()
+
     at: Checkpoint
     old: VerifierKey
     new: VerifierKey
@@ -434,7 +436,7 @@ class Handover:
     @staticmethod
     def is_one(note: Note) -> bool:
         """Whether the note says that it is a hand-over."""
-        return note.text.startswith(_HANDOVER.encode() + b"\n")
+        return note.text.startswith(Handover.FIRST_LINE)
 
     @classmethod
     def parse(cls, note: Note) -> Handover:

@@ -21,7 +21,8 @@ from ledger.service.witness_server import WitnessServer
 from ledger.verify import verify
 from ledger.witness import Witness, WitnessClient, log_path
 from tests.evidence import DEPLOYMENT, Case, decision, sealed_case
-from tests.servers import new_tenant, wait_until
+from tests.servers import KINDS, new_tenant, wait_until
+from tests.test_server import as_user, recipe
 
 
 @pytest.fixture
@@ -493,3 +494,24 @@ async def test_every_server_kind_seals_and_proves(server, tenant, tmp_path):
         found = await verify(ledger, tenant, key.verifier(), anchor=anchor)
         assert found.ok
         assert found.checkpoints == 1 + 4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_recipes_seal_and_verify(fresh_server, kind, tenant, tmp_path):
+    """README's sealer seals its tenant and cannot write entries; its analyst verifies."""
+    server, anchor = fresh_server(kind), tmp_path / "anchor"
+    anchor.mkdir()
+    key = SigningKey.generate(DEPLOYMENT)
+    async with Ledger.connect(server.url) as operator:
+        await operator.append(tenant, decision(1))
+    rules = [*recipe("sealer", tenant), "+config|get", "+info"]
+    async with Ledger.connect(as_user(server, "sealer", rules)) as ledger:
+        (sealed,) = await Sealer(ledger, key, anchor).run_once()
+        assert (sealed.entries, sealed.waiting) == (1, False)
+        assert await Sealer(ledger, key, anchor).rebuild_tiles(tenant) == 1
+        with pytest.raises(errors.PermissionDenied):
+            await ledger.server.command("", "XADD", keys.decisions(tenant), "*", "a", "b")
+    async with Ledger.connect(as_user(server, "sealer", recipe("sealer", tenant))) as ledger:
+        assert (await Sealer(ledger, key, anchor).seal(tenant)).waiting
+    async with Ledger.connect(as_user(server, "analyst", recipe("analyst", tenant))) as ledger:
+        assert (await verify(ledger, tenant, key.verifier(), anchor=anchor)).ok

@@ -280,14 +280,13 @@ def seal(
 
     async def work() -> None:
         from ledger.seal import Sealer
-        from ledger.service.operate import ends_on_sigterm, prepare
+        from ledger.service.operate import ends_on_sigterm
         from ledger.witness import WitnessClient
 
         asked = witness or _settings().govledger_witnesses.split()
         clients = [WitnessClient.parse(text) for text in asked]
         key, directory = _signing_key(key_file), _anchor(anchor)
         async with ends_on_sigterm(), connect(url) as ledger:
-            await prepare(ledger)
             sealer = Sealer(ledger, key, directory, clients)
             if once:
                 await _seal_once(sealer, tenants, rebuild=rebuild_tiles, as_json=as_json)
