@@ -205,7 +205,7 @@ def dev(
 
     Prints the REDIS_URL to use, and runs until SIGTERM or Ctrl-C. Where the directory's server runs
     already, for a command or another `dev`, it is shared; one that dies is started again. It ends
-    half a minute after its last user.
+    half a minute after its last user. With GOVLEDGER_ANCHOR and a signing key it seals too.
     """
     from ledger.service.operate import default_data_dir
 
@@ -214,7 +214,7 @@ def dev(
 
 
 async def _dev(data_dir: Path, port: int | None, *, as_json: bool) -> None:
-    from ledger.service.operate import DevServer, ends_on_sigterm, run_projector
+    from ledger.service.operate import DevServer, ends_on_sigterm, run_projector, run_sealer
 
     async with ends_on_sigterm(), DevServer.running(data_dir, port) as server:
         tcp_url = server.hold.tcp_url
@@ -228,5 +228,5 @@ async def _dev(data_dir: Path, port: int | None, *, as_json: bool) -> None:
             terminal.say("what it acknowledges is on disk; a projector runs; Ctrl-C ends both")
         sys.stdout.flush()
         async with server.connect() as ledger:
-            await asyncio.gather(run_projector(ledger), server.watch())
+            await asyncio.gather(run_projector(ledger), run_sealer(ledger), server.watch())
     terminal.say("ended; the server stays for half a minute, or as long as others use it")

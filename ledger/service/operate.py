@@ -18,7 +18,14 @@ from ledger.ledger import Ledger
 from ledger.settings import load_settings
 from projections import Projector
 
-__all__ = ["DevServer", "default_data_dir", "ends_on_sigterm", "prepare", "run_projector"]
+__all__ = [
+    "DevServer",
+    "default_data_dir",
+    "ends_on_sigterm",
+    "prepare",
+    "run_projector",
+    "run_sealer",
+]
 
 PREPARE_INTERVAL_S: Final = 600.0
 """Settings change while a server runs, and an attestation expires after a day."""
@@ -72,6 +79,27 @@ async def run_projector(ledger: Ledger) -> None:
     """
     await prepare(ledger)
     await asyncio.gather(Projector(ledger).run(), _prepare_for_ever(ledger))
+
+
+async def run_sealer(ledger: Ledger) -> None:
+    """Seals every tenant, until it is cancelled; returns at once where no anchor is set.
+
+    Raises:
+        InvalidSetting: GOVLEDGER_ANCHOR is set, and there is no signing key.
+    """
+    from ledger.keyfile import signing_key
+    from ledger.seal import Sealer
+    from ledger.witness import WitnessClient
+
+    settings = load_settings()
+    if settings.govledger_anchor is None:
+        return
+    witnesses = [WitnessClient.parse(text) for text in settings.govledger_witnesses.split()]
+    sealer = Sealer(ledger, signing_key(settings), settings.govledger_anchor, witnesses)
+    await sealer.run(
+        every_entries=settings.govledger_seal_entries,
+        every_seconds=settings.govledger_seal_seconds,
+    )
 
 
 async def _prepare_for_ever(ledger: Ledger) -> None:
