@@ -20,7 +20,7 @@ from urllib.parse import quote, unquote
 from ledger.errors import InvalidSetting, NotProved
 from ledger.note import MAX_NOTE_BYTES, Checkpoint, Handover, Note, VerifierKey, signers
 
-__all__ = ["AnchorFile", "Chain", "Tail", "checkpoints_of", "read_notes"]
+__all__ = ["AnchorFile", "Chain", "Tail", "checkpoints_of", "goes_back", "read_notes"]
 
 _SIGNED: Final = "— ".encode()
 _TAIL_BYTES: Final = 4 * MAX_NOTE_BYTES
@@ -134,10 +134,7 @@ def checkpoints_of(notes: Iterator[Note], chain: Chain) -> Iterator[tuple[Checkp
     for note in notes:
         checkpoint = Handover.parse(note).at if Handover.is_one(note) else chain.verified(note)
         if last is not None and checkpoint.size < last.size:
-            raise NotProved(
-                f"the anchor goes back from size {last.size} to {checkpoint.size}",
-                reason="anchor-goes-back",
-            )
+            raise goes_back(last.size, checkpoint.size)
         if last is not None and checkpoint.size == last.size and checkpoint.root != last.root:
             raise NotProved(
                 f"two signed checkpoints of size {last.size} have different roots",
@@ -146,6 +143,13 @@ def checkpoints_of(notes: Iterator[Note], chain: Chain) -> Iterator[tuple[Checkp
             )
         last = checkpoint
         yield checkpoint, note
+
+
+def goes_back(before: int, size: int) -> NotProved:
+    """A checkpoint of a smaller size stands behind a larger one."""
+    return NotProved(
+        f"the anchor goes back from size {before} to {size}", reason="anchor-goes-back"
+    )
 
 
 @dataclass(slots=True)
@@ -214,6 +218,16 @@ class AnchorFile:
             if is_new:
                 _fsync_directory(self.directory)
             yield stream
+
+    @contextmanager
+    def held_still(self) -> Iterator[None]:
+        """No sealer writes while the block reads; nothing where there is no file."""
+        if not self.path.exists():
+            yield
+            return
+        with self.path.open("rb") as stream:
+            fcntl.flock(stream, fcntl.LOCK_SH)
+            yield
 
     def tail(self, stream: BinaryIO) -> Tail:
         """Its end, read backwards: cheap however long it is.

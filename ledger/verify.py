@@ -12,13 +12,14 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Final
 
 import orjson
 
 from ledger import keys
-from ledger.anchor import AnchorFile, Chain, checkpoints_of, read_notes
+from ledger.anchor import AnchorFile, Chain, checkpoints_of, goes_back, read_notes
 from ledger.errors import InvalidInput, LedgerError, NotProved, ServerError, Unavailable
 from ledger.leaf import leaf_hasher
 from ledger.ledger import Ledger
@@ -113,7 +114,6 @@ def read_anchor(anchor: str | Path, origin: str, trusted: Sequence[VerifierKey])
         return _anchored(Chain(origin, tuple(trusted)), text, lambda: iter(notes))
     path = Path(text)
     file = AnchorFile(path, origin) if path.is_dir() else AnchorFile.at(path)
-    chain = file.chain(origin, trusted)
 
     def read() -> Iterator[Note]:
         if not file.path.exists():
@@ -121,19 +121,30 @@ def read_anchor(anchor: str | Path, origin: str, trusted: Sequence[VerifierKey])
         with file.path.open("rb") as stream:
             yield from read_notes(stream, file.path.name)
 
-    return _anchored(chain, text, read)
+    with file.held_still():
+        return _anchored(file.chain(origin, trusted), text, read)
 
 
 def _anchored(chain: Chain, source: str, read: Callable[[], Iterator[Note]]) -> _Anchored:
-    last = None
-    for last in read():  # noqa: B007 - the last one is wanted; `sizes` verifies the others
-        pass
+    last, before = None, 0
+    for last in read():  # the last one is wanted; `sizes` verifies the others
+        at = Handover.parse(last).at if Handover.is_one(last) else Checkpoint.parse(last.text)
+        if at.size < before:
+            raise goes_back(before, at.size)
+        before = at.size
     if last is None:
         raise NotProved(
             f"the anchor {source} has no checkpoint of the log {chain.origin}", reason="no-anchor"
         )
     at = Handover.parse(last).at if Handover.is_one(last) else chain.verified(last)
-    return _Anchored(chain, source, lambda: checkpoints_of(read(), chain), at, last)
+    if at.size == 0:
+        raise NotProved(f"the anchor {source} has an empty log's checkpoint", reason="no-anchor")
+
+    def sizes() -> Iterator[tuple[Checkpoint, Note]]:
+        # A sealer may be at work: what comes behind the last one is another verification's.
+        return takewhile(lambda one: one[0].size <= at.size, checkpoints_of(read(), chain))
+
+    return _Anchored(chain, source, sizes, at, last)
 
 
 # -- verify ------------------------------------------------------------------------------------

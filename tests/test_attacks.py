@@ -9,6 +9,7 @@ import pytest
 
 from ledger import keys
 from ledger.errors import NotProved
+from ledger.merkle import EMPTY_ROOT
 from ledger.note import Checkpoint, Handover, Note, SigningKey
 from ledger.prove import prove
 from ledger.verify import verify
@@ -339,6 +340,10 @@ ANCHOR_ATTACKS = {
         {"cut-off", "rolled-back"},
     ),
     "two roots of one size, by the true key": (two_roots, {"split-view", "rewritten"}),
+    "an empty log's, by the true key": (
+        overwrite(lambda c: signed(c.key, c.origin, 0, EMPTY_ROOT)),
+        {"no-anchor"},
+    ),
     "checkpoints that go back": (goes_back, {"anchor-goes-back"}),
     "a hand-over between strangers": (forged_handover, {"wrong-key"}),
     "a hand-over that the true key did not sign": (stolen_name_handover, {"unsigned"}),
