@@ -15,6 +15,8 @@
     │   ├── LibraryTooNew            the server speaks only to newer releases
     │   ├── ForeignEntries           too many foreign entries to register in one go
     │   ├── TargetExists             something lies where a backup, restore or import would go
+    │   ├── SealRefused              what would be signed contradicts what was signed before
+    │   ├── UnsafeKey                others can read or replace the signing key
     │   └── ServerInUse              another server or port holds the data directory
     ├── DurabilityNotReached         may be recorded, but not as safely as was asked
     ├── Unavailable                  the server cannot be asked now; a retry by id is safe
@@ -27,12 +29,14 @@
     │   ├── ServerLoading            the data set is still being read
     │   ├── ServerBusy               a snapshot error, a script or a failover holds writes back
     │   ├── FunctionMissing          the function library is not there and may not be loaded
+    │   ├── WitnessUnavailable       a witness cannot be asked now
     │   ├── EmbeddedServerError      the private server did not start
     │   └── StateUnavailable         a reader is cut off, and what it has is too old to be served
     ├── ServerError                  the server refused the command for a reason we do not know
     ├── JobFailed                    a scheduled job did not do what it is for
     │   └── SnapshotFailed           BGSAVE or the copy of its dump failed
     ├── NotFound                     no such tenant, entry or state
+    ├── NotProved                    the evidence does not prove it; `facts` has the reason
     ├── EntriesMissing               the record has a hole
     ├── NotCaughtUp                  the projection has not folded that far yet
     ├── LedgerRolledBack             the ledger is behind what was already read from it
@@ -73,10 +77,12 @@ __all__ = [
     "NotCaughtUp",
     "NotFound",
     "NotInitialized",
+    "NotProved",
     "OutOfMemory",
     "PermissionDenied",
     "ReadOnlyReplica",
     "Refused",
+    "SealRefused",
     "ServerBusy",
     "ServerError",
     "ServerInUse",
@@ -88,7 +94,9 @@ __all__ = [
     "TargetExists",
     "TlsFailed",
     "Unavailable",
+    "UnsafeKey",
     "UnsafeServer",
+    "WitnessUnavailable",
     "WrongExpectedSeq",
 ]
 
@@ -167,6 +175,14 @@ class ForeignEntries(Refused):
     """More foreign entries than one call registers; the rest follow at the next call."""
 
 
+class SealRefused(Refused):
+    """The ledger contradicts what is anchored: nothing was signed; `facts` has the reason."""
+
+
+class UnsafeKey(Refused):
+    """The signing key's file can be read or replaced by other accounts."""
+
+
 class ServerInUse(Refused):
     """A server already runs on this data directory in another way than was asked for."""
 
@@ -222,6 +238,10 @@ class FunctionMissing(Unavailable):
     """The function library is absent and this user may not load it."""
 
 
+class WitnessUnavailable(Unavailable):
+    """A witness does not answer, or not as the protocol says."""
+
+
 class EmbeddedServerError(Unavailable):
     """The private server did not start or did not answer; the message ends with its log."""
 
@@ -247,6 +267,10 @@ class SnapshotFailed(JobFailed):
 
 class NotFound(LedgerError, LookupError):
     """There is no such tenant, entry or state."""
+
+
+class NotProved(LedgerError):
+    """The evidence does not prove what was asked; `facts` has `reason`, one short word or two."""
 
 
 class EntriesMissing(LedgerError):

@@ -38,6 +38,8 @@ __all__ = [
     "cache_key",
     "checked_tenant",
     "decisions",
+    "evidence_checkpoints",
+    "evidence_tiles",
     "governance_state",
     "head",
     "importing",
@@ -212,6 +214,16 @@ def snapshot(tenant: str, name: str, version: int, seq: int) -> str:
     between it and the next snapshot.
     """
     return f"{snapshots(tenant, name, version)}:{seq}"
+
+
+def evidence_checkpoints(tenant: str) -> str:
+    """Stream, capped: copies of the latest signed checkpoints; entry id `<tree size>-<copy>`."""
+    return f"{LEDGER}:{{{tenant}}}:evidence:checkpoints"
+
+
+def evidence_tiles(tenant: str) -> str:
+    """Hash: `<level>/<number>` → up to 256 node hashes of the evidence tree (C2SP tlog-tiles)."""
+    return f"{LEDGER}:{{{tenant}}}:evidence:tiles"
 
 
 def published(tenant: str, name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Annotated, Final, Literal, Self
 
 from pydantic import (
@@ -101,6 +102,24 @@ class Settings(BaseSettings):
     govledger_jobs: dict[JobName, JobSchedule] = Field(default_factory=dict, validate_default=True)
     """GOVLEDGER_JOBS: JSON, job → {"cron": …} or {"every_seconds": …} or {"enabled": false}; what
     it does not name stays as it is by default."""
+
+    govledger_signing_key_file: Path | None = None
+    """GOVLEDGER_SIGNING_KEY_FILE: the sealer's key, a file that its owner alone can read."""
+
+    govledger_signing_key: SecretStr | None = None
+    """GOVLEDGER_SIGNING_KEY: the key itself, where there is no file."""
+
+    govledger_anchor: Path | None = None
+    """GOVLEDGER_ANCHOR: a directory outside Redis where signed checkpoints are kept."""
+
+    govledger_witnesses: str = ""
+    """GOVLEDGER_WITNESSES: who cosigns, `VKEY@URL` each, divided by spaces."""
+
+    govledger_seal_entries: Annotated[int, Field(ge=1)] = 10_000
+    """GOVLEDGER_SEAL_ENTRIES: a tenant is sealed when so many entries are new…"""
+
+    govledger_seal_seconds: Annotated[float, Field(gt=0)] = 60.0
+    """GOVLEDGER_SEAL_SECONDS: …or the oldest of them is so old."""
 
     @field_validator("govledger_jobs")
     @classmethod

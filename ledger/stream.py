@@ -359,6 +359,37 @@ def _missing(tenant: str, first_seq: int, last_seq: int) -> errors.EntriesMissin
     )
 
 
+async def raw_pages(
+    server: Server, tenant: str, *, after_id: str = "0-0", page_entries: int = PAGE_ENTRIES
+) -> AsyncGenerator[list[list[Any]], None]:
+    """What the stream has, page by page, as it is: ids, and names and values in stored order.
+
+    For who trusts no record of it: nothing is numbered, skipped or compared. The next page is read
+    while one is worked on.
+    """
+    stream, ahead = keys.decisions(tenant), None
+
+    async def fetch(after: str) -> list[list[Any]]:
+        page: list[list[Any]] = await server.command(
+            stream, "XRANGE", stream, f"({after}", "+", "COUNT", page_entries
+        )
+        return page
+
+    try:
+        page = await fetch(after_id)
+        while page:
+            if len(page) == page_entries:
+                ahead = asyncio.ensure_future(fetch(page[-1][0].decode()))
+                await asyncio.sleep(0)
+            yield page
+            if ahead is None:
+                break
+            page, ahead = await ahead, None
+    finally:
+        if ahead is not None:
+            await _dropped(ahead)
+
+
 @dataclass(slots=True)
 class _Page:
     entries: list[list[Any]]

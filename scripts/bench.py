@@ -39,6 +39,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Final, Self
 
+import bench_evidence
 import bench_projector
 import hiredis
 import orjson
@@ -528,20 +529,21 @@ async def replay(bench: Bench) -> Measured:
 async def fold(bench: Bench) -> Measured:
     """The projector's fold of a long history, subjects looked up, nothing committed."""
     tenant = await _long_history(bench)
-
-    async def ours() -> float:
-        server, governance, count = bench.ledger.server, Governance(), 0
-        folding = TenantFold(server, tenant, governance, FoldStore(server, tenant, governance))
-        begin_s = time.perf_counter()
-        walk = await bench.ledger.walk(tenant)
-        async with aclosing(walk.pages()) as pages:
-            async for page in pages:
-                await folding.apply(page)
-                count += len(page)
-        return count / (time.perf_counter() - begin_s)
-
+    ours, ceiling = partial(_fold_rate, bench, tenant), partial(_xrange_rate, bench, tenant)
     with frozen_heap(as_command=True):
-        return await bench.alternate(ours, partial(_xrange_rate, bench, tenant), keep=True)
+        return await bench.alternate(ours, ceiling, keep=True)
+
+
+async def _fold_rate(bench: Bench, tenant: str) -> float:
+    server, governance, count = bench.ledger.server, Governance(), 0
+    folding = TenantFold(server, tenant, governance, FoldStore(server, tenant, governance))
+    begin_s = time.perf_counter()
+    walk = await bench.ledger.walk(tenant)
+    async with aclosing(walk.pages()) as pages:
+        async for page in pages:
+            await folding.apply(page)
+            count += len(page)
+    return count / (time.perf_counter() - begin_s)
 
 
 async def read_cached(bench: Bench) -> Measured:
@@ -710,6 +712,51 @@ async def memory(bench: Bench) -> Measured:
     )
 
 
+# -- evidence --
+
+
+async def leaves(bench: Bench) -> Measured:
+    """What verifying costs beside bare hashing of the same bytes, all in memory."""
+    ours, bare, note = await bench_evidence.leaves(bench)
+    with frozen_heap(as_command=True):
+        measured = await bench.alternate(ours, bare, keep=True)
+    measured.note = note
+    return measured
+
+
+async def seal(bench: Bench) -> Measured:
+    """The sealer's pass over a history against the fold's."""
+    ours, folded = await bench_evidence.sealing(bench, partial(_fold_rate, bench))
+    with frozen_heap(as_command=True):
+        return await bench.alternate(ours, folded, keep=True)
+
+
+async def verified(bench: Bench) -> Measured:
+    """A whole verification against reading alone."""
+    ours, tenant = await bench_evidence.verifying(bench)
+    with frozen_heap(as_command=True):
+        return await bench.alternate(ours, partial(_xrange_rate, bench, tenant), keep=True)
+
+
+async def proof(bench: Bench) -> Measured:
+    """A proof of one entry among a million."""
+    made, note = await bench_evidence.proving(bench)
+    return Measured(ours=made, note=note)
+
+
+async def beside(bench: Bench) -> Measured:
+    """Batches of 1,000 with a sealer running, and without."""
+    count = bench.size(200_000)
+    await bench.reset("always")
+
+    async def with_sealer() -> float:
+        await bench.new_tenant()
+        async with bench_evidence.sealer_beside(bench):
+            return await _append_batches(bench, count)
+
+    return await bench.alternate(with_sealer, partial(_append_batches, bench, count))
+
+
 # -- writer processes -------------------------------------------------------------------------
 
 
@@ -857,6 +904,13 @@ ROWS: Final = [
         "at 10,000", "µs", 1.1, growth, at_most=True),
     Row("memory", "the idempotency index against the entry",
         "entry", "B", 0.25, memory, at_most=True),
+    Row("leaves", "evidence: leaves hashed into a tree, entries in memory",
+        "sha256", "/s", 0.3, leaves),
+    Row("seal", "evidence: from the stream to a signed checkpoint", "fold", "/s", 1.0, seal),
+    Row("verify", "evidence: a tenant verified against its anchor", "XRANGE", "/s", 0.2, verified),
+    Row("proof", "evidence: a proof made, p50", "", "ms", 5.0, proof, at_most=True, absolute=True),
+    Row("beside", "append_many, 1,000 a batch, AOF always, with a sealer running",
+        "without", "/s", 0.9, beside),
 ]  # fmt: skip
 
 

@@ -27,8 +27,9 @@ GOVLEDGER: Final = [sys.executable, "-m", "ledger"]
 _FORKER: Final = """
 import json, os, signal, sys, traceback
 import projections
+from ledger import prove, seal, verify
 from ledger.service import appending, backup, cli, jsonl, operate, render, restore, state
-from ledger.service import doctor, health, jobs, runs, scheduler, top
+from ledger.service import doctor, health, jobs, runs, scheduler, top, witness_server
 
 def command(asked):
     signal.alarm(60)

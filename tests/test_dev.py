@@ -13,6 +13,8 @@ import pytest
 
 from ledger import Decision, Ledger
 from ledger.embedded import is_running
+from ledger.keyfile import write_key
+from ledger.note import SigningKey
 from ledger.service.operate import default_data_dir
 from projections import StateReader
 from tests.commands import GOVLEDGER, environment, run
@@ -141,3 +143,20 @@ def test_the_default_data_directory(monkeypatch):
     monkeypatch.delenv("XDG_DATA_HOME")
     monkeypatch.setenv("HOME", "/home/govledger")
     assert default_data_dir() == Path("/home/govledger/.local/share/govledger")
+
+
+async def test_dev_seals_where_it_has_an_anchor(dev, tenant, tmp_path, monkeypatch):
+    """With an anchor and a key in the environment, what is appended is sealed by itself."""
+    anchor, key = tmp_path / "anchor", tmp_path / "seal.key"
+    anchor.mkdir()
+    write_key(key, SigningKey.generate("dev.example/log"))
+    monkeypatch.setenv("GOVLEDGER_ANCHOR", str(anchor))
+    monkeypatch.setenv("GOVLEDGER_SIGNING_KEY_FILE", str(key))
+    monkeypatch.setenv("GOVLEDGER_SEAL_SECONDS", "0.1")
+    running = dev()
+    await decide(running.told["url"], tenant, "one")
+    wait_until(lambda: any(one.stat().st_size for one in anchor.iterdir()), "the tenant is sealed")
+    done = run(running.told["url"], "verify", tenant)
+    assert done.code == 0, done.out
+    running.process.send_signal(signal.SIGTERM)
+    assert running.process.wait(30) == 0

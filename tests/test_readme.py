@@ -101,6 +101,8 @@ def test_every_command_works_in_order(embedded_dir, tmp_path):
         keys.projection("tenant", "governance", 1),
         keys.projection_active("tenant"),
         keys.snapshots("tenant", "governance", 1),
+        keys.evidence_checkpoints("tenant"),
+        keys.evidence_tiles("tenant"),
         keys.TENANTS,
         keys.FEED,
         keys.attestation("<run_id>"),

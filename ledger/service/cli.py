@@ -10,6 +10,7 @@ import typer
 from ledger import __version__, errors
 from ledger.service import (
     commands_backup,
+    commands_evidence,
     commands_operate,
     commands_project,
     commands_record,
@@ -20,7 +21,14 @@ from ledger.service.command import app, print_lines
 __all__ = ["app", "main"]
 
 _ROOMS: Final = [
-    room.__name__ for room in (commands_record, commands_project, commands_operate, commands_backup)
+    room.__name__
+    for room in (
+        commands_record,
+        commands_project,
+        commands_operate,
+        commands_backup,
+        commands_evidence,
+    )
 ]
 """Whose commands there are, in the order of `--help`; importing a room adds its own to the app."""
 

@@ -38,8 +38,8 @@ __all__ = [
 _EXIT_CODES: Final = """\b
 Exit codes:
   0    done
-  1    a negative answer: not found, entries missing, not folded that far, a
-       job failed, the doctor or a probe found something
+  1    a negative answer: not found, entries missing, not folded that far, not
+       proved, a job failed, the doctor or a probe found something
   2    bad usage or bad input, such as lines that cannot be recorded
   3    the server cannot be used now: unreachable, password, TLS, rights,
        loading, out of memory, read-only

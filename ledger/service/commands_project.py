@@ -430,7 +430,7 @@ def dev(
 
     Prints the REDIS_URL to use, and runs until SIGTERM or Ctrl-C. Where the directory's server runs
     already, for a command or another `dev`, it is shared; one that dies is started again. It ends
-    half a minute after its last user.
+    half a minute after its last user. With GOVLEDGER_ANCHOR and a signing key it seals too.
     """
     from ledger.service.operate import default_data_dir
 
@@ -447,6 +447,7 @@ async def _dev(
         DevServer,
         ends_on_sigterm,
         run_projector,
+        run_sealer,
         together,
         with_metrics,
     )
@@ -466,5 +467,7 @@ async def _dev(
         sys.stdout.flush()
         async with server.connect() as ledger, with_metrics(ledger, *metrics):
             scheduler = Scheduler(JobContext(ledger), ledger.server.settings.govledger_jobs)
-            await together(run_projector(ledger), scheduler.run(), server.watch())
+            await together(
+                run_projector(ledger), run_sealer(ledger), scheduler.run(), server.watch()
+            )
     _log.info("ended; the server stays for half a minute, or as long as others use it")

@@ -25,6 +25,7 @@ __all__ = [
     "ends_on_sigterm",
     "prepare",
     "run_projector",
+    "run_sealer",
     "together",
     "with_metrics",
 ]
@@ -142,6 +143,27 @@ async def run_projector(ledger: Ledger) -> None:
     """
     await prepare(ledger)
     await asyncio.gather(Projector(ledger).run(), _prepare_for_ever(ledger))
+
+
+async def run_sealer(ledger: Ledger) -> None:
+    """Seals every tenant, until it is cancelled; returns at once where no anchor is set.
+
+    Raises:
+        InvalidSetting: GOVLEDGER_ANCHOR is set, and there is no signing key.
+    """
+    from ledger.keyfile import signing_key
+    from ledger.seal import Sealer
+    from ledger.witness import WitnessClient
+
+    settings = load_settings()
+    if settings.govledger_anchor is None:
+        return
+    witnesses = [WitnessClient.parse(text) for text in settings.govledger_witnesses.split()]
+    sealer = Sealer(ledger, signing_key(settings), settings.govledger_anchor, witnesses)
+    await sealer.run(
+        every_entries=settings.govledger_seal_entries,
+        every_seconds=settings.govledger_seal_seconds,
+    )
 
 
 async def _prepare_for_ever(ledger: Ledger) -> None:

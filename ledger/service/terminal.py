@@ -57,6 +57,7 @@ _EXIT_CODES: Final[tuple[tuple[type[errors.LedgerError], int], ...]] = (
     (errors.EntriesMissing, EXIT_NEGATIVE),
     (errors.NotCaughtUp, EXIT_NEGATIVE),
     (errors.JobFailed, EXIT_NEGATIVE),
+    (errors.NotProved, EXIT_NEGATIVE),
     (errors.InvalidInput, EXIT_BAD_INPUT),
     (errors.Unavailable, EXIT_UNAVAILABLE),
     (errors.ServerError, EXIT_UNAVAILABLE),

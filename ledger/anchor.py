@@ -1,0 +1,282 @@
+"""Where signed checkpoints are kept outside Redis: a directory of append-only files.
+
+A log's file is `<directory>/<origin, percent-encoded>.checkpoints`: signed notes, each followed by
+one empty line, in the order in which they were signed; later copies of one may have more signatures
+(witnesses'). It is the sealer's own memory of what it has signed. A tail that a power cut has torn
+is finished by the sealer, which signs that very checkpoint again, or nothing.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO, ClassVar, Final
+from urllib.parse import quote, unquote
+
+from ledger.errors import InvalidSetting, NotProved
+from ledger.note import MAX_NOTE_BYTES, Checkpoint, Handover, Note, VerifierKey, signers
+
+__all__ = ["AnchorFile", "Chain", "Tail", "checkpoints_of", "goes_back", "read_notes"]
+
+_SIGNED: Final = "— ".encode()
+_TAIL_BYTES: Final = 4 * MAX_NOTE_BYTES
+
+
+def read_notes(stream: BinaryIO, name: str) -> Iterator[Note]:
+    """The notes of an anchor file in order, in constant memory.
+
+    Raises:
+        NotProved: what is there is no such file; `torn` where only its end is missing.
+    """
+    text, signed, line_number = bytearray(), bytearray(), 0
+    while line := stream.readline(MAX_NOTE_BYTES + 1):
+        line_number += 1
+        if len(text) + len(signed) + len(line) > MAX_NOTE_BYTES:
+            raise NotProved(f"{name}:{line_number}: a note is too large", reason="malformed")
+        if line != b"\n":
+            (signed if text.endswith(b"\n\n") else text).extend(line)
+        elif signed:
+            yield _note(bytes(text + signed), name, line_number)
+            text, signed = bytearray(), bytearray()
+        elif text.endswith(b"\n\n") or not text:
+            raise NotProved(f"{name}:{line_number}: an unsigned note", reason="unsigned")
+        else:
+            text.extend(line)
+    if signed.endswith(b"\n"):  # a single note, as other tools write it
+        yield _note(bytes(text + signed), name, line_number)
+    elif text or signed:
+        raise NotProved(f"{name}: its last note is cut off", reason="torn")
+
+
+def _note(raw: bytes, name: str, line_number: int) -> Note:
+    try:
+        return Note.parse(raw)
+    except NotProved as error:
+        reason = error.facts["reason"]
+        raise NotProved(f"{name}:{line_number}: {error.message}", reason=reason) from None
+
+
+@dataclass(slots=True)
+class Chain:
+    """Which key signs from where on: the trusted one, and those that hand-overs link to it."""
+
+    origin: str
+    trusted: tuple[VerifierKey, ...]
+    handovers: list[Handover] = field(default_factory=list)
+
+    def add(self, handover: Handover) -> None:
+        """A hand-over, in the order of the anchor.
+
+        Raises:
+            NotProved: it is another log's, or does not go on from the one before.
+        """
+        if handover.at.origin != self.origin:
+            raise NotProved(
+                f"a hand-over is of the log {handover.at.origin}, not {self.origin}",
+                reason="wrong-origin",
+            )
+        if self.handovers:
+            last = self.handovers[-1]
+            if handover.old != last.new or handover.at.size < last.at.size:
+                raise NotProved("a hand-over is not by the key before it", reason="wrong-key")
+        self.handovers.append(handover)
+
+    def checked(self) -> Chain:
+        """Itself, where the hand-overs and a trusted key belong together.
+
+        Raises:
+            NotProved: no trusted key is in the chain.
+        """
+        linked = {key for one in self.handovers for key in (one.old, one.new)}
+        if linked and not linked & set(self.trusted):
+            raise NotProved(
+                f"the keys of {self.origin} were handed over, and none of them is trusted here",
+                reason="wrong-key",
+            )
+        return self
+
+    def keys_at(self, size: int) -> Sequence[VerifierKey]:
+        """Whose signature a checkpoint of this size must have."""
+        if not self.handovers:
+            return self.trusted
+        for one in self.handovers:
+            if size <= one.at.size:
+                return (one.old,)
+        return (self.handovers[-1].new,)
+
+    def verified(self, note: Note) -> Checkpoint:
+        """The checkpoint of a note.
+
+        Raises:
+            NotProved: it is another log's, or not signed by the key that was then in charge.
+        """
+        checkpoint = Checkpoint.parse(note.text)
+        if checkpoint.origin != self.origin:
+            raise NotProved(
+                f"a checkpoint is of the log {checkpoint.origin[:200]}, not {self.origin}",
+                reason="wrong-origin",
+            )
+        signers(note, self.keys_at(checkpoint.size))
+        return checkpoint
+
+
+def checkpoints_of(notes: Iterator[Note], chain: Chain) -> Iterator[tuple[Checkpoint, Note]]:
+    """The verified checkpoints among an anchor's notes, each larger than the one before or equal.
+
+    Raises:
+        NotProved: one is not verified, goes back, or differs from another of its size.
+    """
+    last: Checkpoint | None = None
+    for note in notes:
+        checkpoint = Handover.parse(note).at if Handover.is_one(note) else chain.verified(note)
+        if last is not None and checkpoint.size < last.size:
+            raise goes_back(last.size, checkpoint.size)
+        if last is not None and checkpoint.size == last.size and checkpoint.root != last.root:
+            raise NotProved(
+                f"two signed checkpoints of size {last.size} have different roots",
+                reason="split-view",
+                size=last.size,
+            )
+        last = checkpoint
+        yield checkpoint, note
+
+
+def goes_back(before: int, size: int) -> NotProved:
+    """A checkpoint of a smaller size stands behind a larger one."""
+    return NotProved(
+        f"the anchor goes back from size {before} to {size}", reason="anchor-goes-back"
+    )
+
+
+@dataclass(slots=True)
+class Tail:
+    """The end of an anchor file: the last note, and a body whose signature may have been torn."""
+
+    last: Note | None
+    torn: Checkpoint | None
+    whole_bytes: int
+
+
+class AnchorFile:
+    """One log's file in an anchor directory."""
+
+    SUFFIX: ClassVar[str] = ".checkpoints"
+
+    def __init__(self, directory: Path, origin: str) -> None:
+        self.directory = directory
+        self.path = directory / f"{quote(origin, safe='')}{self.SUFFIX}"
+
+    @classmethod
+    def at(cls, path: Path) -> AnchorFile:
+        """A file of any name, such as a copy that somebody was given."""
+        file = cls(path.parent, "")
+        file.path = path
+        return file
+
+    @classmethod
+    def origin_of(cls, path: Path) -> str:
+        """Whose file it is."""
+        return unquote(path.name.removesuffix(cls.SUFFIX))
+
+    def chain(self, origin: str, trusted: Sequence[VerifierKey]) -> Chain:
+        """Which keys sign, by the hand-overs in the file.
+
+        Raises:
+            NotProved: a hand-over does not hold.
+        """
+        chain = Chain(origin, tuple(trusted))
+        if self.path.exists():
+            with self.path.open("rb") as stream:
+                if not any(map(Handover.FIRST_LINE.__eq__, _lines(stream))):
+                    return chain  # and no note was decoded
+                stream.seek(0)
+                for note in _up_to_torn(read_notes(stream, self.path.name)):
+                    if Handover.is_one(note):
+                        chain.add(Handover.parse(note))
+        return chain.checked()
+
+    @contextmanager
+    def locked(self) -> Iterator[BinaryIO]:
+        """The file, for one sealer alone; created if absent, its directory must be there.
+
+        Raises:
+            InvalidSetting: there is no such directory.
+        """
+        if not self.directory.is_dir():
+            raise InvalidSetting(
+                f"anchor: there is no directory {self.directory}",
+                hint="create it, or mount what it is on: it is not made here, so that an absent "
+                "disk is noticed",
+            )
+        is_new = not self.path.exists()
+        with self.path.open("a+b") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+            if is_new:
+                _fsync_directory(self.directory)
+            yield stream
+
+    @contextmanager
+    def held_still(self) -> Iterator[None]:
+        """No sealer writes while the block reads; nothing where there is no file."""
+        if not self.path.exists():
+            yield
+            return
+        with self.path.open("rb") as stream:
+            fcntl.flock(stream, fcntl.LOCK_SH)
+            yield
+
+    def tail(self, stream: BinaryIO) -> Tail:
+        """Its end, read backwards: cheap however long it is.
+
+        Raises:
+            NotProved: the end is no such file's.
+        """
+        size = stream.seek(0, os.SEEK_END)
+        start = stream.seek(max(0, size - _TAIL_BYTES))
+        raw = stream.read()
+        blocks = raw.split(b"\n\n")
+        if start:  # the first may be the end of a longer one
+            blocks = blocks[1:]
+            while blocks and blocks[0].startswith(_SIGNED):
+                blocks.pop(0)
+        whole, last = size - sum(len(one) + 2 for one in blocks) + 2, None
+        while len(blocks) > 2:
+            last = _note(b"%b\n\n%b\n" % tuple(blocks[:2]), self.path.name, 0)
+            whole += len(blocks[0]) + len(blocks[1]) + 4
+            blocks = blocks[2:]
+        torn = Note(blocks[0] + b"\n", ()) if len(blocks) == 2 else None
+        if torn is None or Handover.is_one(torn):
+            return Tail(last, None, whole)
+        return Tail(last, Checkpoint.parse(torn.text), whole)
+
+    def append(self, stream: BinaryIO, tail: Tail, note: Note) -> None:
+        """Adds a note behind the tail, over what was torn, and returns when it is on disk."""
+        if stream.seek(0, os.SEEK_END) != tail.whole_bytes:
+            stream.truncate(tail.whole_bytes)
+        stream.write(note.encode() + b"\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _lines(stream: BinaryIO) -> Iterator[bytes]:
+    return iter(lambda: stream.readline(MAX_NOTE_BYTES), b"")
+
+
+def _up_to_torn(notes: Iterator[Note]) -> Iterator[Note]:
+    try:
+        yield from notes
+    except NotProved as error:
+        if error.facts.get("reason") != "torn":
+            raise
+
+
+def _fsync_directory(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,527 @@
+"""The sealer: follows tenants' streams, grows their evidence trees, signs and anchors checkpoints.
+
+The order of a seal, and what a kill leaves at each step:
+
+1. new entries are read, their tiles written to Redis   nothing is signed; it is done again
+2. under the anchor file's lock: its tail is compared with what this tree continues; then signed and
+   written there, on disk                               a torn tail: that very checkpoint comes next
+3. the witnesses are asked for cosignatures             the next seal asks again
+4. a copy goes to `evidence:checkpoints`                the next run copies it
+
+So nothing is signed that the anchor contradicts, and no size is signed twice with other roots.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from ledger import errors, keys
+from ledger.anchor import AnchorFile, Chain
+from ledger.leaf import leaf_hasher
+from ledger.ledger import Ledger
+from ledger.merkle import EMPTY_ROOT, MAX_SIZE, TileTree, consistency_ranges
+from ledger.note import Checkpoint, Handover, Note, Signature, SigningKey, origin_of
+from ledger.proof import ConsistencyProof
+from ledger.server import Server, pack
+from ledger.stream import Walk, head_command, parse_head
+from ledger.tiles import Tiles
+from ledger.witness import WitnessBehind, WitnessClient
+
+__all__ = ["Sealed", "Sealer", "publish_copy", "rotate"]
+
+BATCH_ENTRIES: Final = 100_000
+"""How many entries a checkpoint covers at most: what a kill in a large backlog costs again."""
+
+SETTLE_MS: Final = 5_000
+"""How old an entry must be on a server that does not fsync each append: what a power cut takes
+away must not be sealed, or the ledger could never be sealed again."""
+
+SWEEP_INTERVAL_S: Final = 1.0
+SEALS_AT_ONCE: Final = 8
+HEADS_A_CALL: Final = 1000
+COPIES_KEPT: Final = 1000
+LOGS_KEPT: Final = 1000
+"""How many tenants' trees stay in memory, some 20 KiB each."""
+
+ATTEMPTS: Final = 3
+_log = logging.getLogger("ledger")
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Sealed:
+    """What one seal did: `entries` new ones, up to `checkpoint`; `witnesses` that cosigned it.
+
+    `waiting` says that younger entries wait, as the server does not fsync each append.
+    """
+
+    tenant: str
+    entries: int
+    checkpoint: Checkpoint | None
+    witnesses: tuple[str, ...] = ()
+    waiting: bool = False
+
+
+@dataclass(slots=True)
+class _Log:
+    """One tenant's log in memory: where it was last sealed, and the tree that grows from there."""
+
+    tenant: str
+    origin: str
+    anchor: AnchorFile
+    tiles: Tiles
+    tree: TileTree
+    walk: Walk
+    sealed: Checkpoint
+    note: Note | None
+    torn: Checkpoint | None
+    chain: Chain
+    hashed: Callable[[bytes, Sequence[bytes]], bytes]
+    witnessed: dict[str, int] = field(default_factory=dict)
+    cosigned: dict[str, Signature] = field(default_factory=dict)
+    used_up: bool = False
+
+
+class _AnchorMoved(Exception):
+    """Another sealer was faster: begin again from what it left."""
+
+
+class Sealer:
+    """Seals tenants with one key. Any number may run: the anchor's lock orders them."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        key: SigningKey,
+        anchor: Path,
+        witnesses: Sequence[WitnessClient] = (),
+        *,
+        batch_entries: int = BATCH_ENTRIES,
+    ) -> None:
+        """`anchor`: a directory outside Redis, which must exist."""
+        self.ledger = ledger
+        self.server: Server = ledger.server
+        self.key = key
+        self.directory = anchor
+        self.witnesses = tuple(witnesses)
+        self.stopped: dict[str, errors.SealRefused] = {}
+        """Tenants that are not sealed any more, and why."""
+        self._batch = batch_entries
+        self._logs: dict[str, _Log] = {}
+        self._sizes: dict[str, int] = {}
+        self._locks: dict[str, asyncio.Lock] = {}
+
+    # -- one tenant ---------------------------------------------------------------------------
+
+    async def seal(self, tenant: str, *, on_progress: Progress | None = None) -> Sealed:
+        """Seals what is recorded now, and returns when the anchor has it on disk.
+
+        Raises:
+            SealRefused: the ledger contradicts the anchor; nothing was signed.
+            EntriesMissing, IndexBehind: the record has a hole; nothing was signed beyond it.
+            NotFound: nothing is recorded.
+            InvalidSetting: there is no anchor directory.
+        """
+        keys.checked_tenant(tenant)
+        lock = self._locks.setdefault(tenant, asyncio.Lock())
+        async with lock:
+            log = self._logs.pop(tenant, None)  # what fails, or is not used, is opened anew
+            sealed = await self._seal(tenant, log, on_progress)
+            while len(self._logs) > LOGS_KEPT:
+                self._logs.pop(next(iter(self._logs)))
+            return sealed
+
+    async def _seal(self, tenant: str, log: _Log | None, on_progress: Progress | None) -> Sealed:
+        count = 0
+        until_ms = await self._until_ms(tenant)
+        for _ in range(ATTEMPTS):
+            try:
+                log = log or await self._open(tenant)
+                while await self._grow(log, until_ms, on_progress):
+                    count += log.tree.size - log.sealed.size
+                    await self._sign(log)
+                    if log.used_up:
+                        log = await self._open(tenant)
+                sealed = await self._publish(log, count, waiting=until_ms is not None)
+                self._logs[tenant], self._sizes[tenant] = log, log.sealed.size
+                return sealed
+            except _AnchorMoved:
+                log = None
+        raise errors.SealRefused(
+            f"tenant {tenant}: other sealers kept sealing it", hint="one is enough", reason="busy"
+        )
+
+    async def _until_ms(self, tenant: str) -> int | None:
+        key = keys.decisions(tenant)
+        if (await self.server.node_settings(key)).fsyncs_every_ack:
+            return None
+        seconds, micros = await self.server.command(key, "TIME")
+        return int(seconds) * 1000 + int(micros) // 1000 - SETTLE_MS
+
+    async def _open(self, tenant: str) -> _Log:
+        """The log as the anchor has it, and the tree and place in the stream that belong to it."""
+        origin = origin_of(self.key.name, tenant)
+        anchor = AnchorFile(self.directory, origin)
+        chain, note, torn = await asyncio.to_thread(self._read_anchor, anchor, origin)
+        sealed = _checkpoint(note, chain) if note else Checkpoint(origin, 0, EMPTY_ROOT)
+        walk = Walk(self.server, tenant)
+        try:
+            await walk.start_after(sealed.size)
+        except errors.LedgerRolledBack as error:
+            raise errors.SealRefused(
+                f"tenant {tenant}: the ledger is at seq {error.facts['head_seq']}, the anchor has "
+                f"{sealed.size}: it was cut off, or restored to an earlier state",
+                hint="govledger verify says where it differs; README, Evidence, says what then",
+                reason="rolled-back",
+            ) from None
+        if not walk.head.epoch:
+            raise errors.NotFound(f"tenant {tenant}: nothing is recorded", tenant=tenant)
+        tiles = Tiles(self.server, tenant)
+        hashed = leaf_hasher(origin)
+        tree = await tiles.tree(sealed.size)
+        if tree is None or tree.root() != sealed.root:
+            tree = await self._rederived(tenant, sealed, tiles)
+        log = _Log(tenant, origin, anchor, tiles, tree, walk, sealed, note, torn, chain, hashed)
+        for witness in self.witnesses:
+            for signature in note.signatures if note else ():
+                if witness.key.matches(signature):
+                    log.cosigned[witness.key.name] = signature
+        return log
+
+    def _read_anchor(
+        self, anchor: AnchorFile, origin: str
+    ) -> tuple[Chain, Note | None, Checkpoint | None]:
+        try:
+            chain = anchor.chain(origin, [self.key.verifier(origin)])
+            with anchor.locked() as stream:
+                tail = anchor.tail(stream)
+            if tail.last is not None:
+                _checkpoint(tail.last, chain)
+        except errors.NotProved as error:
+            raise self._contradicted(anchor, error) from None
+        (in_charge,) = chain.keys_at(MAX_SIZE)
+        if in_charge != self.key.verifier(origin):
+            raise errors.SealRefused(
+                f"{anchor.path}: the log was handed over to the key {in_charge}",
+                hint="seal with that one",
+                reason="wrong-key",
+            )
+        return chain, tail.last, tail.torn
+
+    def _contradicted(self, anchor: AnchorFile, error: errors.NotProved) -> errors.SealRefused:
+        hints = {
+            "foreign-signature": "another key has signed it: govledger keys rotate hands it over",
+            "wrong-key": "another key has signed it: govledger keys rotate hands it over",
+        }
+        reason = str(error.facts.get("reason"))
+        return errors.SealRefused(
+            f"{anchor.path}: {error.message}", hint=hints.get(reason), reason=reason
+        )
+
+    async def _rederived(self, tenant: str, sealed: Checkpoint, tiles: Tiles) -> TileTree:
+        """The tree from the entries themselves, where its tiles are gone or changed.
+
+        Raises:
+            SealRefused: the entries are not those that were sealed.
+        """
+        _log.warning("tenant %s: the evidence tree is derived anew from the entries", tenant)
+        tree, hashed = TileTree(tiles.add_full), leaf_hasher(sealed.origin)
+        walk = Walk(self.server, tenant)
+        await walk.start_after(0)
+        async with aclosing(walk.pages()) as pages:
+            async for page in pages:
+                wanted = page[: sealed.size - tree.size]
+                tree.extend([hashed(entry.raw_id, entry.raw_fields) for entry in wanted])
+                if tree.size == sealed.size:
+                    break
+        if tree.size != sealed.size or tree.root() != sealed.root:
+            raise errors.SealRefused(
+                f"tenant {tenant}: the entries up to seq {sealed.size} are not those that were "
+                "sealed",
+                hint="govledger verify says which; nothing is signed until that is cleared up",
+                reason="tampered",
+            )
+        await tiles.flush()
+        await tiles.write_rows(tree)
+        return tree
+
+    async def rebuild_tiles(self, tenant: str) -> int:
+        """Derives the tiles anew from the entries, as far as they are sealed; how many that are.
+
+        Raises:
+            SealRefused: the entries are not those that were sealed.
+        """
+        log = await self._open(tenant)
+        tiles = keys.evidence_tiles(tenant)
+        await self.server.command(tiles, "UNLINK", tiles)
+        await self._rederived(tenant, log.sealed, log.tiles)
+        self._logs.pop(tenant, None)
+        return log.sealed.size
+
+    async def _grow(self, log: _Log, until_ms: int | None, on_progress: Progress | None) -> bool:
+        """Adds new entries to the tree, up to a batch; whether there are any to sign."""
+        limit = log.torn.size if log.torn else log.sealed.size + self._batch
+        await log.walk.refresh()
+        async with aclosing(log.walk.pages(to_ms=until_ms)) as pages:
+            async for page in pages:
+                if page[0].seq != log.tree.size + 1:
+                    raise errors.EntriesMissing(
+                        f"tenant {log.tenant}: seq {log.tree.size + 1} is not there",
+                        tenant=log.tenant,
+                    )
+                taken = page[: limit - log.tree.size]
+                log.tree.extend([log.hashed(entry.raw_id, entry.raw_fields) for entry in taken])
+                log.used_up = len(taken) < len(page)
+                await log.tiles.flush()
+                if on_progress:
+                    on_progress(len(taken))
+                if log.tree.size >= limit:
+                    break
+        if log.torn and log.tree.size < log.torn.size:
+            raise errors.SealRefused(
+                f"tenant {log.tenant}: a checkpoint of size {log.torn.size} was being signed, the "
+                f"ledger ends at seq {log.tree.size}",
+                hint="it was restored to an earlier state, or cut off",
+                reason="rolled-back",
+            )
+        return log.tree.size > log.sealed.size
+
+    async def _sign(self, log: _Log) -> None:
+        await log.tiles.write_rows(log.tree)
+        checkpoint = Checkpoint(log.origin, log.tree.size, log.tree.root())
+        log.note = await asyncio.to_thread(self._anchored, log, checkpoint)
+        log.sealed, log.torn = checkpoint, None
+        log.cosigned.clear()
+
+    def _anchored(self, log: _Log, checkpoint: Checkpoint) -> Note:
+        with log.anchor.locked() as stream:
+            tail = log.anchor.tail(stream)
+            before = _checkpoint(tail.last, log.chain) if tail.last else None
+            if (before or Checkpoint(log.origin, 0, EMPTY_ROOT)) != log.sealed:
+                raise _AnchorMoved
+            handed_over = tail.last is not None and Handover.is_one(tail.last)
+            if tail.torn != log.torn or (handed_over and tail.last != log.note):
+                raise _AnchorMoved
+            if tail.torn and tail.torn != checkpoint:
+                raise errors.SealRefused(
+                    f"tenant {log.tenant}: a checkpoint of size {checkpoint.size} with another "
+                    "root was being signed: its entries were changed since",
+                    hint=f"{log.anchor.path} has it at its end",
+                    reason="tampered",
+                )
+            note = checkpoint.signed(self.key)
+            log.anchor.append(stream, tail, note)
+            return note
+
+    # -- witnesses and the copy in Redis ------------------------------------------------------
+
+    async def _publish(self, log: _Log, count: int, *, waiting: bool) -> Sealed:
+        note = log.note
+        if note is None or Handover.is_one(note):
+            sealed = log.sealed if note else None
+            return Sealed(log.tenant, count, sealed, waiting=waiting)
+        asked = [one for one in self.witnesses if one.key.name not in log.cosigned]
+        results = await asyncio.gather(
+            *(self._cosignature(log, one) for one in asked), return_exceptions=True
+        )
+        refused = None
+        for witness, result in zip(asked, results, strict=True):
+            if isinstance(result, Signature):
+                log.cosigned[witness.key.name] = result
+            elif isinstance(result, errors.WitnessUnavailable):
+                _log.warning("tenant %s: not cosigned: %s", log.tenant, result)
+            elif isinstance(result, errors.SealRefused):
+                refused = result
+            else:
+                raise result
+        cosigned = note.with_signatures(log.cosigned.values())
+        if cosigned != note:
+            await asyncio.to_thread(self._add_copy, log, cosigned)
+            log.note = cosigned
+        await publish_copy(self.server, log.tenant, log.sealed.size, cosigned)
+        if refused:
+            raise refused
+        return Sealed(log.tenant, count, log.sealed, tuple(log.cosigned), waiting=waiting)
+
+    def _add_copy(self, log: _Log, cosigned: Note) -> None:
+        with log.anchor.locked() as stream:
+            tail = log.anchor.tail(stream)
+            if tail.last and tail.last.text == cosigned.text and tail.torn is None:
+                log.anchor.append(stream, tail, cosigned)
+
+    async def _cosignature(self, log: _Log, witness: WitnessClient) -> Signature:
+        assert log.note is not None
+        old = log.witnessed.get(witness.key.name, 0)
+        for _ in range(ATTEMPTS):
+            ranges = consistency_ranges(old, log.sealed.size)
+            hashes = tuple(await log.tiles.range_hashes(ranges))
+            log_signature = Note(log.note.text, log.note.signatures[:1])
+            try:
+                proof = ConsistencyProof(old, hashes, log_signature)
+                signature = await asyncio.to_thread(witness.add, proof)
+            except WitnessBehind as stands:
+                old = stands.size
+                if old > log.sealed.size:
+                    raise errors.SealRefused(
+                        f"tenant {log.tenant}: the witness {witness.key.name} has seen size {old}, "
+                        f"the anchor ends at {log.sealed.size}",
+                        hint="the anchor directory was restored to an earlier state, or another "
+                        "sealer has another one",
+                        reason="rolled-back",
+                    ) from None
+            else:
+                log.witnessed[witness.key.name] = log.sealed.size
+                return signature
+        raise errors.WitnessUnavailable(f"witness {witness.key.name}: its size keeps changing")
+
+    # -- many tenants -------------------------------------------------------------------------
+
+    async def run(self, *, every_entries: int, every_seconds: float) -> None:
+        """Seals every tenant when so many entries are new or the oldest is so old, for ever."""
+        slots, interval_s = asyncio.Semaphore(SEALS_AT_ONCE), min(SWEEP_INTERVAL_S, every_seconds)
+        new_since: dict[str, float] = {}
+
+        async def one(tenant: str) -> None:
+            async with slots:
+                await self._seal_safely(tenant)
+                new_since.pop(tenant, None)
+
+        while True:
+            try:
+                behind = await self._behind()
+            except errors.Unavailable as error:
+                _log.warning("sealing waits: %s", error)
+                behind = {}
+            now = time.monotonic()
+            for tenant in behind:
+                new_since.setdefault(tenant, now)
+            due = [
+                tenant
+                for tenant, count in behind.items()
+                if count >= every_entries or now - new_since[tenant] >= every_seconds
+            ]
+            await asyncio.gather(*(one(tenant) for tenant in due))
+            await asyncio.sleep(interval_s)
+
+    async def run_once(self, tenants: Sequence[str] | None = None) -> list[Sealed]:
+        """Seals what there is now.
+
+        Raises:
+            Unavailable: the server cannot be asked.
+            LedgerError: a tenant could not be sealed, and why; the others were, and are in the
+                error's `facts["sealed"]`.
+        """
+        done: list[Sealed] = []
+        refused: errors.LedgerError | None = None
+        for tenant in tenants or list(await self._behind()):
+            try:
+                done.append(await self.seal(tenant))
+            except (errors.Unavailable, errors.InvalidSetting):
+                raise
+            except errors.LedgerError as error:
+                _log.error("tenant %s: not sealed: %s", tenant, error)
+                refused = error
+        if refused:
+            refused.facts["sealed"] = done
+            raise refused
+        return done
+
+    async def _seal_safely(self, tenant: str) -> None:
+        try:
+            await self.seal(tenant)
+        except errors.SealRefused as error:
+            _log.error("tenant %s: NOT SEALED ANY MORE: %s", tenant, error)
+            if error.facts.get("reason") != "busy":
+                self.stopped[tenant] = error
+        except errors.LedgerError as error:
+            _log.error("tenant %s: not sealed: %s", tenant, error)
+
+    async def _behind(self) -> dict[str, int]:
+        """Tenants with entries that are not sealed, and how many; of unopened ones all."""
+        tenants = [one for one in await self.ledger.tenants() if one not in self.stopped]
+        found = {}
+        for start in range(0, len(tenants), HEADS_A_CALL):
+            some = tenants[start : start + HEADS_A_CALL]
+            asked = [(keys.head(tenant), head_command(tenant)) for tenant in some]
+            for tenant, reply in zip(some, await self.server.exchange_each(asked), strict=True):
+                try:
+                    head = parse_head(tenant, self.server.checked(reply))
+                except errors.LedgerError as error:
+                    _log.error("tenant %s: not sealed: %s", tenant, error)
+                    continue
+                sealed = self._sizes.get(tenant, 0)
+                if head.seq > sealed:
+                    found[tenant] = head.seq - sealed
+        return found
+
+
+def _checkpoint(note: Note, chain: Chain) -> Checkpoint:
+    return Handover.parse(note).at if Handover.is_one(note) else chain.verified(note)
+
+
+async def publish_copy(server: Server, tenant: str, size: int, note: Note) -> None:
+    """Puts a copy of a signed checkpoint into Redis, unless it is the last one there."""
+    key = keys.evidence_checkpoints(tenant)
+    packed = [pack("XREVRANGE", key, "+", "-", "COUNT", 1)]
+    (last,) = await server.exchange(key, packed, 1)
+    if server.checked(last) and last[0][1] == [b"note", note.encode()]:
+        return
+    await server.command(
+        key, "XADD", key, "MAXLEN", "~", COPIES_KEPT, f"{size}-*", "note", note.encode()
+    )
+
+
+def rotate(directory: Path, old: SigningKey, new: SigningKey) -> list[str]:
+    """Hands every log of a deployment in an anchor directory over to a new key; their origins.
+
+    What was handed over already is left; blocks.
+
+    Raises:
+        InvalidInput: the keys are of different deployments, or the same key.
+        SealRefused: a log's checkpoints are not by the old key.
+    """
+    if old.name != new.name or old.encode() == new.encode():
+        raise errors.InvalidInput(
+            f"keys: {old.name} and {new.name} are not two keys of one deployment",
+            hint="govledger keys new --deployment with the same name makes the next one",
+        )
+    done = []
+    for path in sorted(directory.glob(f"*{AnchorFile.SUFFIX}")):
+        origin = AnchorFile.origin_of(path)
+        if not origin.startswith(f"{old.name}/"):
+            continue
+        anchor = AnchorFile(directory, origin)
+        try:
+            if _handed_over(anchor, origin, old, new):
+                done.append(origin)
+        except errors.NotProved as error:
+            reason = str(error.facts.get("reason"))
+            raise errors.SealRefused(f"{path}: {error.message}", reason=reason) from None
+    return done
+
+
+def _handed_over(anchor: AnchorFile, origin: str, old: SigningKey, new: SigningKey) -> bool:
+    old_key, new_key = old.verifier(origin), new.verifier(origin)
+    with anchor.locked() as stream:
+        chain = anchor.chain(origin, [old_key, new_key])
+        if not chain.handovers:
+            chain = Chain(origin, (old_key,))
+        tail = anchor.tail(stream)
+        if tail.last is None or chain.keys_at(MAX_SIZE)[0] == new_key:
+            return False
+        if tail.torn is not None:
+            raise errors.NotProved(
+                "its last checkpoint is cut off: seal the tenant once first", reason="torn"
+            )
+        if chain.keys_at(MAX_SIZE)[0] != old_key:
+            raise errors.NotProved("another key than the old one is in charge", reason="wrong-key")
+        anchor.append(stream, tail, Handover.signed(_checkpoint(tail.last, chain), old, new))
+    return True

@@ -1,0 +1,407 @@
+"""Notes, keys, leaves and proofs: against published vectors, and against every flipped byte."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ledger.anchor import AnchorFile, read_notes
+from ledger.errors import InvalidInput, NotProved, UnsafeKey
+from ledger.keyfile import read_key, signing_key, write_key
+from ledger.leaf import EntryRecord, leaf_data, leaf_hasher
+from ledger.merkle import (
+    consistency_ranges,
+    cover,
+    inclusion_ranges,
+    leaf_hash,
+    perfect_root,
+    range_hash,
+)
+from ledger.note import Checkpoint, Handover, Note, SigningKey, VerifierKey, origin_of, signers
+from ledger.proof import ConsistencyProof, InclusionProof, RangeProof, parse_proof
+from ledger.settings import load_settings
+from ledger.verify import read_anchor
+from tests.evidence import flip
+
+FORMAT = (Path(__file__).parent.parent / "FORMAT.md").read_text()
+
+# Of golang.org/x/mod/sumdb/note's tests.
+PETER = "PRIVATE+KEY+PeterNeumann+c74f20a3+AYEKFALVFGyNhPJEMzD1QIDr+Y7hfZx09iUvxdXHKDFz"
+PETER_PUBLIC = "PeterNeumann+c74f20a3+ARpc2QcUPDhMQegwxbzhKqiBfsVkmqq/LDE4izWy10TW"
+ENOCH_PUBLIC = "EnochRoot+af0cfe78+ATtqJ7zOtqQtYqOo0CpvDXNlMhV3HeJDpjrASKGLWdop"
+TEXT = (
+    b"If you think cryptography is the answer to your problem,\n"
+    b"then you don't know what your problem is.\n"
+)
+PETER_LINE = (
+    "— PeterNeumann x08go/ZJkuBS9UG/SffcvIAQxVBtiFupLLr8pAcElZInNIuGUgYN1FFYC2pZSNXgKvqfqdngotpR"
+    "Zb6KE6RyyBwJnAM=\n"
+)
+ENOCH_LINE = (
+    "— EnochRoot rwz+eBzmZa0SO3NbfRGzPCpDckykFXSdeX+MNtCOXm2/5n2tiOHp+vAF1aGrQ5ovTG01oOTGwnWLox33"
+    "WWd1RvMc+QQ=\n"
+)
+# The checkpoint of C2SP tlog-checkpoint's own page.
+C2SP_CHECKPOINT = (
+    "example.com/behind-the-sofa\n20852163\nCsUYapGGPo4dkMgIAUqom/Xajj7h2fB2MPA3j2jxq2I=\n\n"
+    "— example.com/behind-the-sofa Az3grlgtzPICa5OS8npVmf1Myq/5IZniMp+ZJurmRDeOoRDe4URYN7u5/Zhcyv"
+    "2q1gGzGku9nTo+zyWE+xeMcTOAYQ8=\n"
+)
+
+ORIGIN = "acme.example/prod/t"
+KEY = SigningKey.parse(SigningKey.generate("acme.example/prod").encode())
+FIELDS = [b"type", b"mode.changed", b"id", b"m-1", b"data", b'{"mode":"strict"}']
+RECORDS = [
+    EntryRecord.of(ORIGIN, b"1-%d" % n, [*FIELDS[:3], b"m-%d" % n, *FIELDS[4:]])
+    for n in range(1, 8)
+]
+LEAVES = [leaf_hash(one.leaf_data()) for one in RECORDS]
+
+
+def node(one):
+    return perfect_root(LEAVES[one[1] << one[0] : (one[1] + 1) << one[0]])
+
+
+def checkpoint(size=7):
+    return Checkpoint(ORIGIN, size, range_hash(0, size, node)).signed(KEY)
+
+
+def proofs():
+    hashes = tuple(range_hash(*one, node) for one in inclusion_ranges(2, 7))
+    left, right = tuple(map(node, cover(0, 2))), tuple(map(node, cover(5, 7)))
+    return {
+        "inclusion": InclusionProof(2, hashes, checkpoint(), RECORDS[2]),
+        "withheld": InclusionProof(2, hashes, checkpoint(), RECORDS[2].without_data()),
+        "range": RangeProof(2, left, right, checkpoint(), tuple(RECORDS[2:5])),
+    }
+
+
+# -- notes and keys ----------------------------------------------------------------------------
+
+
+def test_go_vectors():
+    """Key, signature and note are byte for byte those of Go's tests."""
+    key = SigningKey.parse(PETER)
+    assert str(key.verifier()) == PETER_PUBLIC
+    assert key.encode() == PETER
+    note = Note(TEXT, (key.sign(TEXT),))
+    assert note.encode() == TEXT + b"\n" + PETER_LINE.encode()
+    both = Note.parse(TEXT + b"\n" + (PETER_LINE + ENOCH_LINE).encode())
+    for public in (PETER_PUBLIC, ENOCH_PUBLIC):
+        ((found, _),) = signers(both, [VerifierKey.parse(public)])
+        assert str(found) == public
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        TEXT,
+        TEXT + b"\n",
+        TEXT + b"\n" + PETER_LINE.encode()[:-1],
+        b"\x01" + TEXT + b"\n" + PETER_LINE.encode(),
+        b"\xff" + TEXT + b"\n" + PETER_LINE.encode(),
+        TEXT + b"\n" + PETER_LINE.replace("PeterNeumann", "Bad Name").encode(),
+        TEXT + b"\n" + PETER_LINE.encode() + b"Unexpected line.\n",
+        TEXT + b"\n" + PETER_LINE.encode() * 101,
+        TEXT + b"\n" + "— PeterNeumann AAAA\n".encode(),
+        TEXT * 2000 + b"\n" + PETER_LINE.encode(),
+    ],
+)
+def test_malformed_notes_are_refused(raw):
+    """What Go's verifier calls malformed is refused here too."""
+    with pytest.raises(NotProved):
+        signers(Note.parse(raw), [VerifierKey.parse(PETER_PUBLIC)])
+
+
+def test_damaged_keys_are_refused():
+    """No part of a key, and no key with a byte changed, is a key."""
+    for text, parse in ((PETER_PUBLIC, VerifierKey.parse), (PETER, SigningKey.parse)):
+        for at in range(len(text)):
+            damaged = [text[:at], text[:at] + chr(ord(text[at]) + 1) + text[at + 1 :]]
+            for one in damaged:
+                with pytest.raises(InvalidInput):
+                    parse(one)
+
+
+def test_published_checkpoint_is_read_and_written_alike():
+    """The checkpoint on C2SP's page survives a round trip byte for byte."""
+    note = Note.parse(C2SP_CHECKPOINT.encode())
+    found = Checkpoint.parse(note.text)
+    assert (found.origin, found.size) == ("example.com/behind-the-sofa", 20852163)
+    assert note.encode() == C2SP_CHECKPOINT.encode()
+    assert found.text() == note.text
+
+
+def test_rust_implementation_accepts_our_checkpoint():
+    """A checkpoint and an inclusion proof of ours verify with an independent program's library."""
+    theirs = pytest.importorskip("metamorphic_log")
+    key, note = str(KEY.verifier(ORIGIN)), checkpoint().encode().decode()
+    head = theirs.checkpoint_verify(note, [key])
+    assert (head.origin, head.size) == (ORIGIN, 7)
+    proof = proofs()["inclusion"]
+    theirs.checkpoint_verify_inclusion(note, [key], 2, LEAVES[2], list(proof.hashes))
+    with pytest.raises(theirs.VerifyError):
+        theirs.checkpoint_verify_inclusion(note, [key], 3, LEAVES[2], list(proof.hashes))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "o\n1\n",
+        "o\n01\nCsUYapGGPo4dkMgIAUqom/Xajj7h2fB2MPA3j2jxq2I=\n",
+        "o\n-1\nCsUYapGGPo4dkMgIAUqom/Xajj7h2fB2MPA3j2jxq2I=\n",
+        "o\n9223372036854775808\nCsUYapGGPo4dkMgIAUqom/Xajj7h2fB2MPA3j2jxq2I=\n",
+        "o\n" + "9" * 5000 + "\nCsUYapGGPo4dkMgIAUqom/Xajj7h2fB2MPA3j2jxq2I=\n",
+        "o\n\u0661\nCsUYapGGPo4dkMgIAUqom/Xajj7h2fB2MPA3j2jxq2I=\n",
+        "\n1\nCsUYapGGPo4dkMgIAUqom/Xajj7h2fB2MPA3j2jxq2I=\n",
+        "o\n1\nCsUYapGGPo4dkMgIAUqom/Xajj7h2fB2MPA3j2jxq2J=\n",
+        "o\n1\nCsUYapGGPo4dkMgIAUqom/Xajj7h2fB2MPA3j2jx\n",
+        "o\n1\nCsUYapGGPo4dkMgIAUqom/Xajj7h2fB2MPA3j2jxq2I=\n\nx\n",
+    ],
+)
+def test_malformed_checkpoints_are_refused(text):
+    """Sizes with zeroes, signs, other digits or too many of them, and roots that are none."""
+    with pytest.raises(NotProved):
+        Checkpoint.parse(text.encode())
+
+
+def test_handover_text_is_no_checkpoint():
+    """No signed hand-over can pass for a checkpoint of any log."""
+    at = Checkpoint.parse(checkpoint().text)
+    with pytest.raises(NotProved):
+        Checkpoint.parse(Handover.signed(at, KEY, SigningKey.generate("acme.example/prod")).text)
+
+
+@pytest.mark.parametrize("deployment", ["a b", "a+b", "a\nb", "", "/a", "a/", "é", "x" * 129])
+def test_names_that_could_break_a_note_are_refused(deployment):
+    """A deployment's name cannot bring a newline, a space or a plus into a checkpoint."""
+    with pytest.raises(InvalidInput):
+        SigningKey.generate(deployment)
+    with pytest.raises(InvalidInput):
+        origin_of("acme.example", "t\nx")
+
+
+# -- key files ---------------------------------------------------------------------------------
+
+
+def test_key_files_are_private(tmp_path):
+    """A key is written with 0600, never over another, and refused when others can read it."""
+    path = tmp_path / "seal.key"
+    write_key(path, KEY)
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert read_key(path).encode() == KEY.encode()
+    with pytest.raises(InvalidInput, match="exists"):
+        write_key(path, KEY)
+    for mode in (0o640, 0o604, 0o620, 0o601):
+        path.chmod(mode)
+        with pytest.raises(UnsafeKey, match="others can read"):
+            read_key(path)
+
+
+def test_key_comes_from_the_environment(tmp_path):
+    """The key itself, or the file that has it; neither is said with the way out."""
+    path = tmp_path / "seal.key"
+    write_key(path, KEY)
+    by_file = load_settings(govledger_signing_key_file=path)
+    by_value = load_settings(govledger_signing_key=KEY.encode())
+    assert signing_key(by_file).encode() == signing_key(by_value).encode() == KEY.encode()
+    assert KEY.encode() not in repr(by_value)
+    assert KEY.encode().rpartition("+")[2] not in repr(KEY)
+    with pytest.raises(InvalidInput, match="keys new"):
+        signing_key(load_settings())
+
+
+# -- leaves ------------------------------------------------------------------------------------
+
+
+def test_format_page_has_the_vectors():
+    """FORMAT.md's leaves, hashes and records are what the code makes."""
+    leaves = re.findall(r"^ +leaf +([0-9a-f]{100,})$", FORMAT, re.MULTILINE)
+    hashes = re.findall(r"^ +hash +([0-9a-f]{64})$", FORMAT, re.MULTILINE)
+    (record,) = re.findall(r"^ +record +([0-9a-f]+)$", FORMAT, re.MULTILINE)
+    origin = "acme.example/prod/acgs-dev"
+    ours = (origin, b"1795532923293-1", FIELDS)
+    foreign = (origin, b"1795532923294-0", [b"data", b"", b"data", b"\xff\x00", b"x", b""])
+    assert [leaf_data(*one).hex() for one in (ours, foreign)] == leaves
+    assert [leaf_hasher(one[0])(*one[1:]).hex() for one in (ours, foreign)] == hashes
+    assert EntryRecord.of(*ours).encode().hex() == record
+    assert EntryRecord.decode(bytes.fromhex(record)).leaf_data().hex() == leaves[0]
+
+
+PARTS = st.binary(max_size=40) | st.sampled_from([b"type", b"id", b"data"])
+
+
+@given(st.lists(st.tuples(PARTS, PARTS), max_size=5), PARTS)
+def test_both_ways_to_a_leaf_agree(pairs, entry_id):
+    """The fast hasher, the encoding and the record give one leaf, with the data or without."""
+    fields = [part for pair in pairs for part in pair]
+    record = EntryRecord.of(ORIGIN, entry_id, fields)
+    data = leaf_data(ORIGIN, entry_id, fields)
+    assert leaf_hasher(ORIGIN)(entry_id, fields) == leaf_hash(data)
+    assert record.leaf_data() == record.without_data().leaf_data() == data
+    assert EntryRecord.decode(record.encode()) == record
+
+
+@given(st.lists(PARTS, min_size=6, max_size=6), st.lists(PARTS, min_size=6, max_size=6))
+def test_different_entries_have_different_leaves(one, other):
+    """No two lists of fields share a leaf, wherever the borders between their bytes lie."""
+    assert (one == other) == (leaf_data(ORIGIN, b"1-1", one) == leaf_data(ORIGIN, b"1-1", other))
+    assert leaf_data(ORIGIN, b"1-1", one) != leaf_data(ORIGIN, b"1-2", one)
+    assert leaf_data(ORIGIN, b"1-1", one) != leaf_data(ORIGIN + "2", b"1-1", one)
+
+
+@given(st.integers(0, 5), st.data())
+def test_no_bit_of_an_entry_is_outside_its_leaf(field, data):
+    """Any flipped bit of any name or value changes the leaf."""
+    at = data.draw(st.integers(0, len(FIELDS[field]) - 1))
+    changed = list(FIELDS)
+    changed[field] = flip(changed[field], at, data.draw(st.integers(0, 7)))
+    hashed = leaf_hasher(ORIGIN)
+    assert hashed(b"1-1", changed) != hashed(b"1-1", FIELDS)
+
+
+# -- proofs ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["inclusion", "withheld", "range"])
+def test_proofs_survive_their_file(kind):
+    """What is written is read back the same, and proves the same."""
+    proof = proofs()[kind]
+    again = parse_proof(proof.encode())
+    assert again == proof
+    proved = again.verify([KEY.verifier()])
+    assert (proved.first_seq, proved.checkpoint.size) == (3, 7)
+    assert len(proved.entries) == (3 if kind == "range" else 1)
+
+
+@given(st.sampled_from(["inclusion", "withheld", "range"]), st.data())
+def test_no_flipped_bit_is_accepted(kind, data):
+    """Any flipped bit of a proof makes it prove nothing: an error, never a traceback."""
+    raw = proofs()[kind].encode()
+    damaged = flip(raw, data.draw(st.integers(0, len(raw) - 1)), data.draw(st.integers(0, 7)))
+    with pytest.raises(NotProved):
+        parse_proof(damaged).verify([KEY.verifier()])
+
+
+@given(st.sampled_from(["inclusion", "withheld", "range"]), st.data())
+def test_cut_or_lengthened_proofs_are_refused(kind, data):
+    """A proof cut anywhere, or with lines doubled or bytes added, proves nothing."""
+    raw = proofs()[kind].encode()
+    cut = raw[: data.draw(st.integers(0, len(raw) - 1))]
+    lines = raw.split(b"\n")
+    at = data.draw(st.integers(0, len(lines) - 3))
+    doubled = b"\n".join([*lines[: at + 1], *lines[at:]])
+    for forged in (cut, raw + data.draw(st.binary(min_size=1, max_size=9)), doubled):
+        with pytest.raises(NotProved):
+            parse_proof(forged).verify([KEY.verifier()])
+
+
+@given(st.binary(max_size=300))
+def test_anything_else_is_no_proof(raw):
+    """Random bytes, also behind a proof's first line, are refused."""
+    for forged in (raw, b"c2sp.org/tlog-proof@v1\n" + raw, b"govledger/range-proof@1\n" + raw):
+        with pytest.raises(NotProved):
+            parse_proof(forged).verify([KEY.verifier()])
+
+
+def test_proof_longer_than_the_tree_is_refused():
+    """Hashes beyond the tree's height are refused, however many."""
+    proof = proofs()["inclusion"]
+    for more in (1, 60, 100_000):
+        longer = InclusionProof(2, proof.hashes + (b"x" * 32,) * more, proof.note, proof.entry)
+        with pytest.raises(NotProved):
+            parse_proof(longer.encode()).verify([KEY.verifier()])
+
+
+def test_huge_numbers_in_a_record_are_refused():
+    """A record that says it has 4 GiB, or billions of fields, costs nothing."""
+    raw = RECORDS[0].encode()
+    for at in (16, 16 + 4 + len(ORIGIN), 16 + 4 + len(ORIGIN) + 4 + 3):
+        with pytest.raises(NotProved):
+            EntryRecord.decode(raw[:at] + b"\xff\xff\xff\xff" + raw[at + 4 :])
+
+
+def test_other_logs_keys_do_not_count():
+    """A proof verifies with the log's or its deployment's key, and no other."""
+    proof = proofs()["inclusion"]
+    proof.verify([KEY.verifier(ORIGIN)])
+    for key in (KEY.verifier("acme.example"), KEY.verifier(f"{ORIGIN}/x")):
+        with pytest.raises(NotProved, match="not trusted"):
+            proof.verify([key])
+    with pytest.raises(NotProved):
+        proof.verify([SigningKey.generate("acme.example/prod").verifier()])
+
+
+def test_entry_of_another_log_is_refused():
+    """An entry record must name the log that the checkpoint is of."""
+    proof = proofs()["inclusion"]
+    other = EntryRecord("acme.example/prod/u", proof.entry.entry_id, proof.entry.fields)
+    with pytest.raises(NotProved, match="is of the log"):
+        InclusionProof(2, proof.hashes, proof.note, other).verify([KEY.verifier()])
+
+
+def test_consistency_is_between_the_two_checkpoints_given():
+    """It verifies between those two, and fails for another earlier one, size or root."""
+    old = checkpoint(4)
+    hashes = tuple(range_hash(*one, node) for one in consistency_ranges(4, 7))
+    proof = ConsistencyProof(4, hashes, checkpoint())
+    parsed = parse_proof(proof.encode())
+    assert parsed.verify([KEY.verifier()], old).old.size == 4
+    with pytest.raises(NotProved, match="size"):
+        parsed.verify([KEY.verifier()], checkpoint(5))
+    forged = Checkpoint(ORIGIN, 4, b"r" * 32).signed(KEY)
+    with pytest.raises(NotProved):
+        parsed.verify([KEY.verifier()], forged)
+
+
+# -- anchor files ------------------------------------------------------------------------------
+
+
+def test_anchor_tail_is_read_backwards_through_any_length(tmp_path):
+    """The end of a long file is found without reading the rest, wherever the window begins."""
+    anchor = AnchorFile(tmp_path, ORIGIN)
+    notes = [Checkpoint(ORIGIN, n, b"%032d" % n).signed(KEY) for n in range(1, 1500)]
+    anchor.path.write_bytes(b"".join(note.encode() + b"\n" for note in notes))
+    with anchor.locked() as stream:
+        tail = anchor.tail(stream)
+        assert (tail.last, tail.torn) == (notes[-1], None)
+        assert tail.whole_bytes == anchor.path.stat().st_size
+        more = Checkpoint(ORIGIN, 1500, b"x" * 32).signed(KEY)
+        anchor.append(stream, tail, more)
+    with anchor.path.open("rb") as stream:
+        assert list(read_notes(stream, "x")) == [*notes, more]
+
+
+@given(st.integers(1, 400))
+def test_torn_tail_is_overwritten_by_the_next(cut):
+    """Whatever part of the last note is there, what is before it stays, the next follows."""
+    with tempfile.TemporaryDirectory() as folder:
+        anchor = AnchorFile(Path(folder), ORIGIN)
+        first, second = (checkpoint(size).encode() + b"\n" for size in (3, 7))
+        anchor.path.write_bytes(first + second[: min(cut, len(second) - 1)])
+        with anchor.locked() as stream:
+            tail = anchor.tail(stream)
+            assert tail.last == Note.parse(first[:-1])
+            assert tail.torn in (None, Checkpoint.parse(Note.parse(second[:-1]).text))
+            anchor.append(stream, tail, Note.parse(second[:-1]))
+        assert anchor.path.read_bytes() == first + second
+
+
+@given(st.data())
+def test_no_flipped_bit_of_an_anchor_is_accepted(data):
+    """Any flipped bit of an anchor file of two checkpoints makes it prove nothing."""
+    raw = b"".join(checkpoint(size).encode() + b"\n" for size in (3, 7))
+    at, bit = data.draw(st.integers(0, len(raw) - 1)), data.draw(st.integers(0, 7))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kept.checkpoints"
+        path.write_bytes(raw)
+        key = KEY.verifier(ORIGIN)
+        assert [one.size for one, _ in read_anchor(path, ORIGIN, [key]).sizes()] == [3, 7]
+        path.write_bytes(flip(raw, at, bit))
+        with pytest.raises(NotProved):
+            list(read_anchor(path, ORIGIN, [key]).sizes())

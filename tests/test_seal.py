@@ -1,0 +1,517 @@
+"""The sealer: exact after a kill at any step, and never two histories under one key."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import signal
+import subprocess
+import sys
+import threading
+from contextlib import contextmanager, suppress
+from itertools import pairwise
+
+import pytest
+
+from ledger import Ledger, errors, keys
+from ledger.anchor import AnchorFile, read_notes
+from ledger.note import Checkpoint, Handover, Note, SigningKey
+from ledger.seal import Sealer, rotate
+from ledger.service.witness_server import WitnessServer
+from ledger.verify import verify
+from ledger.witness import Witness, WitnessClient, log_path
+from tests.evidence import DEPLOYMENT, Case, decision, sealed_case
+from tests.servers import KINDS, new_tenant, wait_until
+from tests.test_server import as_user, recipe
+
+
+@pytest.fixture
+async def case(valkey, tenant, tmp_path):
+    async with sealed_case(valkey, tenant, tmp_path) as case:
+        yield case
+
+
+@contextmanager
+def serving(directory, *logs):
+    """A witness on a free port; its client, and itself."""
+    directory.mkdir(exist_ok=True)
+    witness = Witness(SigningKey.generate("witness.example/w1"), logs, directory)
+    with WitnessServer(("127.0.0.1", 0), witness) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        try:
+            yield WitnessClient(witness.verifier, server.url), witness
+        finally:
+            server.shutdown()
+            thread.join()
+            witness.close()
+
+
+def roots_by_size(*sources):
+    """Every signed checkpoint that can be found anywhere: the roots of each size."""
+    found: dict[int, set[bytes]] = {}
+    for notes in sources:
+        for note in notes:
+            if not Handover.is_one(note):
+                checkpoint = Checkpoint.parse(note.text)
+                found.setdefault(checkpoint.size, set()).add(checkpoint.root)
+    return found
+
+
+def anchor_notes(case):
+    with case.file.open("rb") as stream:
+        return list(read_notes(stream, "anchor"))
+
+
+def copied_notes(case):
+    page = case.client.execute_command("XRANGE", case.copies, "-", "+")
+    return [Note.parse(dict(fields)[b"note"]) for _, fields in page]
+
+
+def whole_signed_notes(raw):
+    """What a torn file shows: every note in it whose signature line is whole."""
+    parts, found = raw.split(b"\n\n"), []
+    for text, signatures in pairwise(parts):
+        with suppress(errors.NotProved):
+            found.append(Note.parse(text + b"\n\n" + signatures.rstrip(b"\n") + b"\n"))
+    return found
+
+
+# -- kills -------------------------------------------------------------------------------------
+
+CHILD = """
+import asyncio, os, signal, sys
+from pathlib import Path
+from ledger import Ledger
+from ledger import seal
+from ledger.anchor import AnchorFile
+from ledger.note import SigningKey
+from ledger.tiles import Tiles
+from ledger.witness import WitnessClient
+
+url, tenant, secret, anchor, step, witness = sys.argv[1:]
+
+def die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def before(owner, name):
+    setattr(owner, name, die)
+
+def after(owner, name, calls=1):
+    real = getattr(owner, name)
+    count = 0
+    if asyncio.iscoroutinefunction(real):
+        async def wrapped(*args, **options):
+            nonlocal count
+            result = await real(*args, **options)
+            count += 1
+            if count == calls:
+                die()
+            return result
+    else:
+        def wrapped(*args, **options):
+            nonlocal count
+            result = real(*args, **options)
+            count += 1
+            if count == calls:
+                die()
+            return result
+    setattr(owner, name, wrapped)
+
+def torn(share):
+    def append(self, stream, tail, note):
+        raw = note.encode() + b"\\n"
+        stream.write(raw[: int(len(raw) * share)])
+        stream.flush()
+        die()
+    AnchorFile.append = append
+
+STEPS = {
+    "before tiles": lambda: before(Tiles, "_write"),
+    "after tiles": lambda: after(Tiles, "_write"),
+    "before the signature": lambda: before(AnchorFile, "append"),
+    "torn in the name": lambda: torn(0.05),
+    "torn in the root": lambda: torn(0.3),
+    "torn before the signature": lambda: torn(0.5),
+    "torn in the signature": lambda: torn(0.8),
+    "torn at the end": lambda: torn(0.995),
+    "after the anchor": lambda: after(AnchorFile, "append"),
+    "before the witness": lambda: before(WitnessClient, "add"),
+    "after the witness": lambda: after(WitnessClient, "add"),
+    "after its copy": lambda: after(AnchorFile, "append", 2),
+    "before the copy in Redis": lambda: before(seal, "publish_copy"),
+    "after the copy in Redis": lambda: after(seal, "publish_copy"),
+    "any": lambda: None,
+}
+STEPS[step]()
+
+async def main():
+    async with Ledger.connect(url) as ledger:
+        sealer = seal.Sealer(
+            ledger, SigningKey.parse(secret), Path(anchor), [WitnessClient.parse(witness)],
+            batch_entries=300,
+        )
+        print("ready", flush=True)
+        while True:
+            await sealer.seal(tenant)
+            if step != "any":
+                return
+
+asyncio.run(main())
+"""
+
+STEPS = [
+    "before tiles",
+    "after tiles",
+    "before the signature",
+    "torn in the name",
+    "torn in the root",
+    "torn before the signature",
+    "torn in the signature",
+    "torn at the end",
+    "after the anchor",
+    "before the witness",
+    "after the witness",
+    "after its copy",
+    "before the copy in Redis",
+    "after the copy in Redis",
+]
+
+
+def child(case, step, client, spawn):
+    secret, witness = case.key.encode(), f"{client.key}@{client.url}"
+    arguments = [case.server.url, case.tenant, secret, str(case.anchor), step, witness]
+    return spawn([sys.executable, "-c", CHILD, *arguments], stdout=subprocess.PIPE)
+
+
+@pytest.mark.parametrize("step", STEPS)
+async def test_kill_at_any_step_leaves_one_history(case, step, spawn, tmp_path):
+    """A sealer killed there goes on exactly; all signed checkpoints agree, and verify passes."""
+    with serving(tmp_path / "witness", case.key.verifier()) as (client, witness):
+        await case.append(13, 20)
+        killed = await asyncio.to_thread(child(case, step, client, spawn).wait, 30)
+        assert killed == -signal.SIGKILL
+        left_behind = whole_signed_notes(case.file.read_bytes())
+        await case.append(21, 24)
+        sealed = await Sealer(case.ledger, case.key, case.anchor, [client]).seal(case.tenant)
+        assert sealed.checkpoint.size == 24
+        shown = Note.parse(witness.latest(log_path(case.origin)).body)
+        sources = (left_behind, anchor_notes(case), copied_notes(case), [shown])
+        roots = roots_by_size(*sources)
+        assert all(len(one) == 1 for one in roots.values())
+        found = await case.verify(witnesses=[client.key])
+        assert found.ok, found.findings
+        assert found.sealed == 24
+
+
+async def test_kills_in_a_loop_leave_one_history(case, spawn, tmp_path):
+    """A sealer killed at random while entries are appended never signs two histories."""
+    rng, number = random.Random(5), 13
+    with serving(tmp_path / "witness", case.key.verifier()) as (client, _):
+        for _ in range(4):
+            sealer = child(case, "any", client, spawn)
+            assert await asyncio.to_thread(sealer.stdout.readline) == b"ready\n"
+            for _ in range(rng.randrange(1, 12)):
+                await case.append(number, number + 90)
+                number += 91
+            sealer.kill()
+            await asyncio.to_thread(sealer.wait)
+        await Sealer(case.ledger, case.key, case.anchor, [client]).seal(case.tenant)
+        roots = roots_by_size(anchor_notes(case), copied_notes(case))
+        assert all(len(one) == 1 for one in roots.values())
+        found = await case.verify(witnesses=[client.key])
+        assert found.ok, found.findings
+        assert found.sealed == number - 1
+
+
+async def test_torn_checkpoint_of_changed_entries_stops_the_sealer(case):
+    """A checkpoint was half written; its entries were changed since: no second one is signed."""
+    await case.append(13, 14)
+    other = Checkpoint(case.origin, 14, b"r" * 32).signed(case.key).encode()
+    whole = case.file.read_bytes()
+    case.file.write_bytes(whole + other[:-40])
+    with pytest.raises(errors.SealRefused, match="another root was being signed") as caught:
+        await case.sealer().seal(case.tenant)
+    assert caught.value.facts["reason"] == "tampered"
+    assert case.file.read_bytes() == whole + other[:-40]
+
+
+async def test_racing_sealers_agree(case):
+    """Four sealers on one anchor while entries come: one history, and nobody fails."""
+    others = [await _opened(case) for _ in range(4)]
+    try:
+        for number in range(13, 33):
+            await case.append(number, number)
+            sealers = [Sealer(one, case.key, case.anchor) for one in others]
+            results = await asyncio.gather(
+                *(sealer.seal(case.tenant) for sealer in sealers), return_exceptions=True
+            )
+            for result in results:
+                if isinstance(result, BaseException):
+                    assert isinstance(result, errors.SealRefused)
+                    assert result.facts["reason"] == "busy"
+    finally:
+        for one in others:
+            await one.aclose()
+    roots = roots_by_size(anchor_notes(case))
+    assert all(len(one) == 1 for one in roots.values())
+    assert (await case.verify()).ok
+
+
+async def _opened(case):
+    return await Ledger.connect(case.server.url)
+
+
+# -- what it refuses ---------------------------------------------------------------------------
+
+
+async def test_restored_ledger_is_not_sealed(case):
+    """A ledger behind its anchor stops the sealer, which says from where to where."""
+    backup = {
+        name: case.client.dump(name)
+        for name in case.client.keys(f"claude-flow:ledger:{{{case.tenant}}}:*")
+    }
+    await case.append(13, 15)
+    await case.sealer().seal(case.tenant)
+    before = case.file.read_bytes()
+    case.client.delete(*backup)
+    for name, dump in backup.items():
+        case.client.restore(name, 0, dump)
+    with pytest.raises(errors.SealRefused, match="at seq 12, the anchor has 15"):
+        await case.sealer().seal(case.tenant)
+    await case.append(13, 20)  # others now, and more of them
+    case.client.hset(case.stream.replace("decisions", "head"), "touched", "1")
+    assert case.file.read_bytes() == before
+
+
+async def test_overtaken_rollback_is_not_sealed(case):
+    """A restored ledger that has grown past the anchor is not that which was sealed."""
+    names = case.client.keys(f"claude-flow:ledger:{{{case.tenant}}}:*")
+    backup = {name: case.client.dump(name) for name in names}
+    await case.append(13, 15)
+    await case.sealer().seal(case.tenant)
+    case.client.delete(*backup)
+    for name, dump in backup.items():
+        case.client.restore(name, 0, dump)
+    await case.append(113, 120)
+    with pytest.raises(errors.SealRefused) as caught:
+        await case.sealer().seal(case.tenant)
+    assert caught.value.facts["reason"] == "tampered"
+
+
+async def test_lost_tiles_are_derived_anew(case):
+    """Deleted or damaged tiles cost time, nothing else."""
+    case.client.delete(case.tiles)
+    await case.append(13, 13)
+    await case.sealer().seal(case.tenant)
+    assert (await case.verify()).ok
+    case.client.hset(case.tiles, "0/0", b"x" * 32 * 13)
+    assert await case.sealer().rebuild_tiles(case.tenant) == 13
+    assert (await case.verify()).ok
+
+
+async def test_hole_in_the_record_stops_the_sealer(case):
+    """An unsealed entry that was deleted is named; nothing behind it is signed."""
+    await case.append(13, 16)
+    case.client.xdel(case.stream, case.entries()[13][0])
+    before = case.file.read_bytes()
+    with pytest.raises(errors.EntriesMissing, match="seq 14"):
+        await case.sealer().seal(case.tenant)
+    assert case.file.read_bytes() == before
+
+
+async def test_absent_anchor_directory_is_not_made(case, tmp_path):
+    """A mount that is missing must be noticed, not written beside."""
+    with pytest.raises(errors.InvalidSetting, match="there is no directory"):
+        await case.sealer(anchor=tmp_path / "absent").seal(case.tenant)
+    assert not (tmp_path / "absent").exists()
+
+
+async def test_another_key_does_not_continue_a_log(case):
+    """A key that nobody handed the log over to is refused, with the way out."""
+    await case.append(13, 13)
+    with pytest.raises(errors.SealRefused, match="keys rotate"):
+        await case.sealer(SigningKey.generate(DEPLOYMENT)).seal(case.tenant)
+
+
+async def test_tenant_like_the_deployments_end_is_refused(case):
+    """A name that would make deployment and log ambiguous is refused."""
+    with pytest.raises(errors.InvalidInput, match="last part of the deployment"):
+        await case.sealer().seal("prod")
+
+
+# -- rotation ----------------------------------------------------------------------------------
+
+
+async def test_rotation_keeps_old_and_new_verifiers(case):
+    """After a hand-over the new key seals, the old one is refused, and trust in either will do."""
+    new, newest = SigningKey.generate(DEPLOYMENT), SigningKey.generate(DEPLOYMENT)
+    assert rotate(case.anchor, case.key, new) == [case.origin]
+    assert rotate(case.anchor, case.key, new) == []
+    await case.append(13, 13)
+    with pytest.raises(errors.SealRefused, match="handed over"):
+        await case.sealer().seal(case.tenant)
+    await case.sealer(new).seal(case.tenant)
+    rotate(case.anchor, new, newest)
+    await case.append(14, 14)
+    await case.sealer(newest).seal(case.tenant)
+    for key in (case.key, new, newest):
+        found = await verify(case.ledger, case.tenant, key.verifier(), anchor=case.anchor)
+        assert found.ok, (key, found.findings)
+        assert found.sealed == 14
+    stranger = SigningKey.generate(DEPLOYMENT).verifier()
+    found = await verify(case.ledger, case.tenant, stranger, anchor=case.anchor)
+    assert [one.reason for one in found.findings] == ["wrong-key"]
+
+
+async def test_old_key_signs_nothing_after_the_hand_over(case):
+    """A checkpoint by the old key behind the hand-over is refused, whoever is trusted."""
+    new = SigningKey.generate(DEPLOYMENT)
+    rotate(case.anchor, case.key, new)
+    forged = Checkpoint(case.origin, 13, b"r" * 32).signed(case.key)
+    with case.file.open("ab") as file:
+        file.write(forged.encode() + b"\n")
+    for key in (case.key, new):
+        found = await verify(case.ledger, case.tenant, key.verifier(), anchor=case.anchor)
+        assert [one.reason for one in found.findings] == ["foreign-signature"]
+
+
+async def test_sealer_that_ran_through_a_rotation_stops(case):
+    """A sealer with the old key, alive during the hand-over, signs nothing after it."""
+    sealer = case.sealer()
+    await sealer.seal(case.tenant)
+    rotate(case.anchor, case.key, SigningKey.generate(DEPLOYMENT))
+    await case.append(13, 13)
+    with pytest.raises(errors.SealRefused, match="handed over"):
+        await sealer.seal(case.tenant)
+
+
+# -- witnesses ---------------------------------------------------------------------------------
+
+
+async def test_witness_that_is_away_is_caught_up_later(case, tmp_path):
+    """Sealing goes on without it; the next seal brings it up to date."""
+    with serving(tmp_path / "witness", case.key.verifier()) as (client, _):
+        pass
+    await case.append(13, 13)
+    sealed = await Sealer(case.ledger, case.key, case.anchor, [client]).seal(case.tenant)
+    assert sealed.checkpoint.size == 13
+    assert sealed.witnesses == ()
+    with serving(tmp_path / "witness", case.key.verifier()) as (again, _):
+        await case.append(14, 14)
+        sealed = await Sealer(case.ledger, case.key, case.anchor, [again]).seal(case.tenant)
+        assert sealed.witnesses == ("witness.example/w1",)
+        assert (await case.verify(witnesses=[again.key])).ok
+        found = await case.verify(anchor=again.url, witnesses=[again.key])
+        assert found.ok
+        assert found.sealed == 14
+
+
+async def test_witness_notices_a_fork(case, tmp_path):
+    """A directory put back, and another history signed: the witness refuses, the sealer shouts."""
+    with serving(tmp_path / "witness", case.key.verifier()) as (client, _):
+        before = case.file.read_bytes()
+        names = case.client.keys(f"claude-flow:ledger:{{{case.tenant}}}:*")
+        backup = {name: case.client.dump(name) for name in names}
+        await case.append(13, 15)
+        await Sealer(case.ledger, case.key, case.anchor, [client]).seal(case.tenant)
+        case.file.write_bytes(before)
+        case.client.delete(*backup)
+        for name, dump in backup.items():
+            case.client.restore(name, 0, dump)
+        with pytest.raises(errors.SealRefused, match="has seen size 15"):
+            await Sealer(case.ledger, case.key, case.anchor, [client]).seal(case.tenant)
+        await case.append(113, 120)
+        with pytest.raises(errors.SealRefused, match="not the beginning of this"):
+            await Sealer(case.ledger, case.key, case.anchor, [client]).seal(case.tenant)
+
+
+async def test_required_cosignature_that_is_missing_is_a_finding(case):
+    """Who asks for a witness gets no exit code 0 without it."""
+    witness = SigningKey.generate("witness.example/w1").verifier(kind=4)
+    found = await case.verify(witnesses=[witness])
+    assert found.proved
+    assert [one.reason for one in found.findings] == ["not-cosigned"]
+
+
+# -- many tenants, and servers -----------------------------------------------------------------
+
+
+async def test_running_sealer_seals_by_count_and_by_age(valkey, tmp_path):
+    """A busy tenant is sealed at once, a quiet one when its oldest entry is old enough."""
+    anchor, key = tmp_path / "anchor", SigningKey.generate(DEPLOYMENT)
+    anchor.mkdir()
+    busy, quiet = new_tenant(), new_tenant()
+    async with Ledger.connect(valkey.url) as ledger:
+        await ledger.append_many(busy, [decision(n) for n in range(20)])
+        await ledger.append(quiet, decision(1))
+        sealer = Sealer(ledger, key, anchor)
+        running = asyncio.ensure_future(sealer.run(every_entries=20, every_seconds=0.2))
+        files = [AnchorFile(anchor, f"{DEPLOYMENT}/{one}").path for one in (busy, quiet)]
+        try:
+
+            def all_sealed():
+                return all(one.exists() and one.stat().st_size for one in files)
+
+            await asyncio.to_thread(wait_until, all_sealed, "sealed")
+        finally:
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+        for tenant in (busy, quiet):
+            assert (await verify(ledger, tenant, key.verifier(), anchor=anchor)).ok
+
+
+async def test_young_entries_wait_where_the_server_does_not_fsync_each(fresh_server, tmp_path):
+    """What a power cut could take away is not sealed yet."""
+    server = fresh_server(config={"appendfsync": "everysec"})
+    anchor, tenant = tmp_path / "anchor", new_tenant()
+    anchor.mkdir()
+    async with Ledger.connect(server.url) as ledger:
+        case = Case(server, ledger, tenant, SigningKey.generate(DEPLOYMENT), anchor)
+        old = b"%d-1" % (int(case.client.time()[0]) * 1000 - 60_000)
+        await case.append(1, 1)
+        case.rewrite(lambda entries: entries.__setitem__(0, (old, entries[0][1])))
+        case.client.delete(case.head, keys.index(tenant))
+        await ledger.reindex(tenant)
+        await case.append(2, 3)
+        sealed = await case.sealer().seal(tenant)
+        assert (sealed.entries, sealed.waiting) == (1, True)
+        found = await case.verify()
+        assert found.ok
+        assert found.not_proved == ["seq 2 to 3: recorded, and not sealed yet"]
+        case.client.close()
+
+
+async def test_every_server_kind_seals_and_proves(server, tenant, tmp_path):
+    """The three servers give the same evidence, across a tile's border."""
+    anchor, key = tmp_path / "anchor", SigningKey.generate(DEPLOYMENT)
+    anchor.mkdir()
+    async with Ledger.connect(server.url) as ledger:
+        await ledger.append_many(tenant, [decision(n) for n in range(600)])
+        assert (await Sealer(ledger, key, anchor).seal(tenant)).entries == 600
+        await ledger.append_many(tenant, [decision(n) for n in range(600, 700)])
+        await Sealer(ledger, key, anchor, batch_entries=33).seal(tenant)
+        found = await verify(ledger, tenant, key.verifier(), anchor=anchor)
+        assert found.ok
+        assert found.checkpoints == 1 + 4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_recipes_seal_and_verify(fresh_server, kind, tenant, tmp_path):
+    """README's sealer seals its tenant and cannot write entries; its analyst verifies."""
+    server, anchor = fresh_server(kind), tmp_path / "anchor"
+    anchor.mkdir()
+    key = SigningKey.generate(DEPLOYMENT)
+    async with Ledger.connect(server.url) as operator:
+        await operator.append(tenant, decision(1))
+    rules = [*recipe("sealer", tenant), "+config|get", "+info"]
+    async with Ledger.connect(as_user(server, "sealer", rules)) as ledger:
+        (sealed,) = await Sealer(ledger, key, anchor).run_once()
+        assert (sealed.entries, sealed.waiting) == (1, False)
+        assert await Sealer(ledger, key, anchor).rebuild_tiles(tenant) == 1
+        with pytest.raises(errors.PermissionDenied):
+            await ledger.server.command("", "XADD", keys.decisions(tenant), "*", "a", "b")
+    async with Ledger.connect(as_user(server, "sealer", recipe("sealer", tenant))) as ledger:
+        assert (await Sealer(ledger, key, anchor).seal(tenant)).waiting
+    async with Ledger.connect(as_user(server, "analyst", recipe("analyst", tenant))) as ledger:
+        assert (await verify(ledger, tenant, key.verifier(), anchor=anchor)).ok
