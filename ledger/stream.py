@@ -592,7 +592,8 @@ class Walk:
         first = self.seq + 1 if self._exact else seqs[0]
         dense = seqs == list(range(first, first + len(seqs))) and seqs[-1] <= page.head.seq
         whole = set(map(len, fields)) == {_ENTRY_FIELDS}
-        if not (dense and whole) or self._meets_incident(ids[0]):
+        known = split_id(ids[-1]) <= split_id(page.head.entry_id)
+        if not (dense and whole and known) or self._meets_incident(ids[0]):
             return self._numbered_one_by_one(page)
         self.seq, self._cursor, self._exact = seqs[-1], ids[-1].decode(), True
         return list(map(Entry, repeat(self.tenant), seqs, ids, fields))

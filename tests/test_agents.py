@@ -398,6 +398,7 @@ async def test_page_that_is_delivered_twice_changes_nothing(ledger, valkey, tena
         with suppress(errors.CommitConflict):
             walk = await fold.begin()
             await fold.fold_page(walk, page)
+    await fold.store.release()
     await Projector(ledger).run_once([tenant])
     once = committed_bytes(valkey, tenant)
     for page in (*pages, pages[1]):
@@ -449,6 +450,7 @@ async def test_copies_that_a_dead_worker_left_old_are_put_by_the_next(ledger, va
     fold, walk = await fold_of_agents(ledger, tenant)
     async for page in walk.pages():
         await fold.fold_page(walk, page)  # and there it dies
+    await fold.store.release()
     await Projector(ledger).run_once([tenant])
     for n in range(20):
         copy = orjson.loads(valkey.cli("GET", keys.agent_state(tenant, f"agent-{n}")))

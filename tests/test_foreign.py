@@ -663,3 +663,17 @@ async def test_a_stream_of_another_type_is_an_error_not_a_hole(book, server, ten
             await question
     with pytest.raises(redis.ResponseError):
         server.cli("XLEN", stream)
+
+
+async def test_an_imitation_in_place_of_the_deleted_tail_is_not_ours(server, tenant):
+    """The last entry deleted, and one put behind it with its ordinal: replay names the hole."""
+    event = Decision(id="a", agent="a", action="b", verdict="deny")
+    async with Ledger.connect(server.url) as ledger:
+        receipt = await ledger.append(tenant, event)
+        stream = keys.decisions(tenant)
+        server.cli("XDEL", stream, receipt.entry_id)
+        forged = {"type": "decision.recorded", "id": "a", "data": '{"verdict":"allow"}'}
+        flat = [part for pair in forged.items() for part in pair]
+        server.cli("XADD", stream, f"{receipt.recorded_ms + 1}-1", *flat)
+        with pytest.raises(errors.EntriesMissing, match="seq 1"):
+            [entry async for entry in ledger.replay(tenant)]
