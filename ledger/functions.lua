@@ -413,7 +413,11 @@ end
 -- token: as long as another one stands there, nothing is committed.
 local function take_lease(key, worker, lease_ms)
   local holder = call('GET', key)
-  if holder and holder ~= worker then return holder, call('PTTL', key) end
+  if holder and holder ~= worker then
+    local left_ms = call('PTTL', key)
+    -- What never expires, or later than any lease, is none.
+    if left_ms >= 0 and left_ms <= tonumber(lease_ms) then return holder, left_ms end
+  end
   call('SET', key, worker, 'PX', lease_ms)
 end
 

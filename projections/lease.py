@@ -75,7 +75,7 @@ class Leases:
         answers = await self._server.function("govledger_lease", on, self.worker, LEASE_MS)
         for name, (holder, left_ms) in zip(self._names, answers, strict=True):
             if holder:
-                held = lease_held(tenant, name, holder.decode(), left_ms)
+                held = lease_held(tenant, name, holder.decode(errors="replace"), left_ms)
                 self.lose(tenant, left_ms)
                 raise held
         self._sure_until[tenant] = now + LEASE_MS / 1000

@@ -323,7 +323,7 @@ class Projector:
             fold = self._fold_of(tenant, projection)
             try:
                 await fold.show_stopped(type(error).__name__, self._ttl_seconds)
-            except errors.LedgerError as also:
+            except Exception as also:  # noqa: BLE001 - logged; what stopped it may stop this too
                 _log.warning("tenant %s: readers are not told that it stopped: %s", tenant, also)
 
     # -- the sweep ----------------------------------------------------------------------------
@@ -371,6 +371,8 @@ class Projector:
                     stale.append(tenant)
             except errors.LedgerError as error:
                 await self._stop(tenant, error)
+            except Exception as error:  # noqa: BLE001 - logged; it must not stop the other tenants
+                await self._stop(tenant, errors.ServerError(f"{type(error).__name__}: {error}"))
         return stale
 
     def _probes_of(self, tenant: str) -> list[tuple[FoldStore, list[tuple[str, bytes]]]]:
@@ -437,7 +439,9 @@ class Projector:
         published = await store.read_published()
         head = await self.ledger.head(live.tenant)
         ahead = published is not None and published.seq > head.seq  # nobody folded that
-        await fold.publish(self._ttl_seconds, replaces="any" if ahead else "equal", whole=True)
+        # By the live fold: what is adopted lies under the live keys, agents' entities too.
+        await live.begin()
+        await live.publish(self._ttl_seconds, replaces="any" if ahead else "equal", whole=True)
         return folded
 
     async def _check_rollback(self, live: TenantFold) -> None:

@@ -35,7 +35,7 @@ from projections.state_model import (
     placed,
     published_agent,
 )
-from projections.store import FoldStore, PublishedState
+from projections.store import FoldStore, PublishedState, Standing
 
 __all__ = ["MAX_STALE_S", "StateReader"]
 
@@ -322,7 +322,14 @@ class StateReader:
         while True:
             found = await store.read_published()
             if found is None or found.seq < wanted:
-                found = await store.read_committed() or found
+                if await store.standing() in (Standing.ACTIVE, Standing.PINNED):
+                    found = await store.read_committed() or found
+                elif found is None:
+                    raise errors.StateUnavailable(
+                        f"tenant {tenant}: readers take another version of {projection} than "
+                        f"{store.projection.version}, and its published copy is gone",
+                        hint="a projector of the release that folds it publishes it again",
+                    )
             if found is not None and _reaches(found.position, at_least):
                 return found
             if at_least is None or wanted == 0:

@@ -97,7 +97,7 @@ def _status(store: FoldStore, head_reply: Any, replies: Sequence[Any]) -> Status
         head_seq=head.seq,
         lag_entries=max(0, head.seq - (position.seq if position else 0)),
         lag_seconds=0.0,
-        worker=holder.decode() if holder else None,
+        worker=holder.decode(errors="replace") if holder else None,
         quarantined=sum(field.startswith(prefix) for field in quarantined),
         stopped=stopped.decode() if stopped else None,
     )

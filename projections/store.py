@@ -444,7 +444,8 @@ class FoldStore:
             "govledger_lease", [self._lease], self._worker, LEASE_MS
         )
         if holder:
-            raise lease_held(self.tenant, self.projection.name, holder.decode(), left_ms)
+            who = holder.decode(errors="replace")
+            raise lease_held(self.tenant, self.projection.name, who, left_ms)
 
     async def release(self) -> None:
         """Gives the lease back, if it is ours."""
@@ -458,7 +459,11 @@ class FoldStore:
         raw = await self._server.command(self._quarantine, "HGETALL", self._quarantine)
         pairs = raw.items() if isinstance(raw, dict) else zip(raw[::2], raw[1::2], strict=True)
         named = {field.decode(): reason.decode(errors="replace") for field, reason in pairs}
-        own = {name.removeprefix(prefix): why for name, why in named.items() if prefix in name}
+        own = {
+            name.removeprefix(prefix): why
+            for name, why in named.items()
+            if name.startswith(prefix) and name.removeprefix(prefix).isdecimal()
+        }
         return {int(seq): own[seq] for seq in sorted(own, key=int)}
 
     async def accept_quarantined(self, seqs: Iterable[int]) -> int:
@@ -525,9 +530,13 @@ class FoldStore:
         name = self.projection.name
         return pack("HMGET", self._active, name, name + PINNED)
 
-    def standing_of(self, reply: Sequence[bytes | None]) -> Standing:
-        """What this version is to readers."""
-        active, pinned = reply
+    def standing_of(self, reply: Any) -> Standing:
+        """What this version is to readers.
+
+        Raises:
+            ServerError, PermissionDenied: the reply is an error.
+        """
+        active, pinned = self._server.checked(reply)
         try:
             version = int(active) if active is not None else self.projection.version
         except ValueError:  # somebody else wrote there
@@ -541,11 +550,13 @@ class FoldStore:
     async def standing(self) -> Standing:
         """What this version is to readers now."""
         (reply,) = await self._server.exchange(self._active, [self.standing_command()], 1)
-        return self.standing_of(self._server.checked(reply))
+        return self.standing_of(reply)
 
     async def activate(self) -> None:
-        """Makes readers take this version."""
+        """Makes readers take this version, unless a command has pinned another one meanwhile."""
         name, version = self.projection.name, self.projection.version
+        if await self.standing() is Standing.SUPERSEDED:
+            return
         await self._server.command(self._active, "HSET", self._active, name, version)
 
     async def pin(self, version: int) -> None:
@@ -597,6 +608,7 @@ class FoldStore:
             return True
         if not head.seq:
             return committed is None
+        committed, ttl = self._server.checked(committed), self._server.checked(ttl)
         if committed != str(head.position).encode() or self.standing_of(standing) is Standing.NEXT:
             return False
         if isinstance(tail, Exception):  # another type of key

@@ -98,7 +98,8 @@ class TenantFold:
     @property
     def copies_are_due(self) -> bool:
         """Whether copies of entities are still to be published."""
-        return self._copies is not None and self._copies.are_due
+        begun = self.committed is not None and self.committed.position is not None
+        return begun and self._copies is not None and self._copies.are_due
 
     def stands_with(self, other: TenantFold) -> bool:
         """Whether both have committed the same entries."""
