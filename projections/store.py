@@ -562,8 +562,18 @@ class FoldStore:
     async def pin(self, version: int) -> None:
         """Makes readers take that version, and keeps a later one from taking over by itself,
         unless this release folds no later one.
+
+        Raises:
+            NotFound: nobody has folded that version, and this release does not.
         """
         name = self.projection.name
+        kept = keys.projection(self.tenant, name, version)
+        folds_it = version == self.projection.version
+        if not folds_it and not await self._server.command(kept, "EXISTS", kept):
+            raise errors.NotFound(
+                f"tenant {self.tenant}: nobody has folded {name}@{version}",
+                hint=f"this release folds {name}@{self.projection.version}",
+            )
         set_it = pack("HSET", self._active, name, version)
         if version < self.projection.version:
             mark = pack("HSET", self._active, name + PINNED, 1)

@@ -289,6 +289,8 @@ async def test_going_back_to_a_version_takes_a_command(ledger, valkey, tenant):
     await new.run_once([tenant])
     reader = StateReader(ledger, [Tally()])
     assert (await reader.state(tenant, "tally")).version == 2
+    with pytest.raises(errors.NotFound, match="tally@7"):
+        await new.store(tenant, "tally").pin(7)
     await new.store(tenant, "tally").pin(1)
     old, new = Projector(ledger, [Tally()]), Projector(ledger, [TallyOfTwo()])
     assert await new.store(tenant, "tally").standing() is Standing.SUPERSEDED

@@ -387,7 +387,10 @@ def activate(
         from projections import Projector
 
         async with connect(url) as ledger:
-            await Projector(ledger).store(tenant, projection).pin(version)
+            store = Projector(ledger).store(tenant, projection)
+            if not (await ledger.head(tenant)).seq:
+                raise errors.NotFound(f"tenant {tenant}: nothing is recorded", tenant=tenant)
+            await store.pin(version)
         if as_json:
             print_json({"tenant": tenant, "projection": projection, "version": version})
         else:

@@ -176,7 +176,7 @@ async def refresh(context: JobContext) -> dict[str, Any]:
             f"{len(failed)} of {len(due)} tenants are not folded; the first is {tenant}: {first}",
             hint="`govledger doctor` lists them",
         )
-    return {"refreshed": len(due), "folded": folded, "tenants": len(found)}
+    return {"refreshed": len(due), "folded": folded, "tenants": len({one.tenant for one in found})}
 
 
 def is_due_for_refresh(one: Standing, ttl_seconds: int, now_ms: int) -> bool:
