@@ -25,7 +25,7 @@ from ledger import __version__, errors, keys
 from ledger.ledger import Ledger
 from ledger.server import Server
 from ledger.service.digests import fold_digest, fold_name
-from ledger.service.dump import CannotDump, copy_dump, dump_path, server_ms
+from ledger.service.dump import CannotDump, copy_dump, dump_path
 from ledger.service.exporting import export_tenant, readable_head, record_digest
 from ledger.service.files import (
     fsync_directory,
@@ -35,6 +35,7 @@ from ledger.service.files import (
     remove,
 )
 from ledger.service.importing import import_tenant
+from ledger.service.inspection import server_now_ms
 from ledger.service.scratch import check_loadable, known_tenants, lay_dump, private_server
 from ledger.stream import Head
 from projections import Projector
@@ -243,7 +244,7 @@ class _Backup:
         settings = await self._server.node_settings("")
         return Manifest(
             kind=kind,
-            taken_at_ms=await server_ms(self._server),
+            taken_at_ms=await server_now_ms(self._server),
             server=self._server.address,
             server_version=settings.version or "",
             verified=False,

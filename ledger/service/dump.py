@@ -16,9 +16,10 @@ from typing import Final, NamedTuple
 from ledger import errors
 from ledger.server import Server
 from ledger.service.files import in_thread
+from ledger.service.inspection import info, server_now_ms
 from ledger.service.scratch import copy_with_digest
 
-__all__ = ["CannotDump", "Dump", "copy_dump", "dump_path", "server_ms"]
+__all__ = ["CannotDump", "Dump", "copy_dump", "dump_path"]
 
 POLL_S: Final = 0.05
 POLL_MAX_S: Final = 1.0
@@ -37,12 +38,6 @@ class Dump(NamedTuple):
     path: Path
     bytes: int
     sha256: str
-
-
-async def server_ms(server: Server) -> int:
-    """The server's clock, ms since 1970."""
-    seconds, micros = await server.command("", "TIME")
-    return int(seconds) * 1000 + int(micros) // 1000
 
 
 async def dump_path(server: Server) -> Path:
@@ -73,7 +68,7 @@ async def copy_dump(server: Server, source: Path, target: Path) -> Dump:
         ServerBusy: it could not save; its log says why.
         CannotDump: the file there cannot be read, or is not the one just saved.
     """
-    begun_s = await server_ms(server) / 1000
+    begun_s = await server_now_ms(server) / 1000
     await _save(server)
     return await in_thread(_copy, source, target, begun_s)
 
@@ -130,9 +125,7 @@ async def _idle(server: Server, deadline_s: float) -> dict[str, str]:
 
 
 async def _persistence(server: Server) -> dict[str, str]:
-    info = (await server.command("", "INFO", "server", "persistence")).decode()
-    lines = (line.partition(":") for line in info.splitlines())
-    return {name: value for name, _, value in lines}
+    return await info(server, "", "server", "persistence")
 
 
 def _check_time(server: Server, deadline_s: float) -> None:
