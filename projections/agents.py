@@ -37,11 +37,11 @@ from projections.governance_state import (
     VERDICT_COLUMN,
     VERDICTS,
     clipped,
-    moment_of,
+    ms_of,
 )
 from projections.governance_view import rate
 from projections.projection import STATE, Entities, Unfoldable
-from projections.windows import MINUTES, SECOND_MS, time_text
+from projections.windows import time_text
 
 if TYPE_CHECKING:
     from ledger.stream import Entry
@@ -228,13 +228,9 @@ def _fold(state: Agent, entities: Entities, entries: Sequence[Entry]) -> dict[in
 
 
 def _ms_of(entry: Entry, body: Any) -> int:
-    if type(body) is Decision:
-        if body.at is None or body.expires_at is not None:
-            return decided_at(entry, body)[0]
-        minute, second_ms = MINUTES.get(body.at[:17]), SECOND_MS.get(body.at[17:])
-        if minute is not None and second_ms is not None:
-            return minute[0] + second_ms
-    return moment_of(entry, body)[0]
+    if type(body) is Decision and body.expires_at is not None:
+        return decided_at(entry, body)[0]
+    return ms_of(entry, body)
 
 
 def _note_last(state: Agent, agent: Agent, entry: Entry, tier_before: str | None) -> None:

@@ -24,6 +24,7 @@ from projections.governance_state import (
     cell_of,
     clipped,
     moment_of,
+    ms_of,
     note_late,
     note_overflow,
     shown_name,
@@ -85,7 +86,12 @@ AND: Final = "\x00"
 
 def policy_names(body: Decision) -> list[str]:
     """`<id>@<version>` of each policy that took part, each once."""
-    return list(dict.fromkeys(policy.id + "@" + policy.version for policy in body.policies or ()))
+    policies = body.policies
+    if not policies:
+        return []
+    if len(policies) == 1:
+        return [policies[0].id + "@" + policies[0].version]
+    return list(dict.fromkeys(policy.id + "@" + policy.version for policy in policies))
 
 
 def _cells_of(state: State, body: Decision, names: list[str]) -> list[list[int]]:
@@ -265,8 +271,9 @@ def _row(entry: Entry, body: Decision) -> list[Any]:
     policy = None
     if body.policies:
         policy = body.policies[0].id + "@" + body.policies[0].version
-    ms, verdict = decided_at(entry, body)[0], VERDICT_COLUMN[body.verdict]
-    return [entry.seq, entry.id, ms, verdict, body.agent.id, body.action.type, policy]
+    ms, verdict = ms_of(entry, body), VERDICT_COLUMN[body.verdict]
+    event_id = entry.raw_fields[3].decode()
+    return [entry.seq, event_id, ms, verdict, body.agent.id, body.action.type, policy]
 
 
 def _open_escalation(state: State, entry: Entry, body: Decision, ms: int) -> None:

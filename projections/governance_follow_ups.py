@@ -51,6 +51,7 @@ from projections.governance_state import (
     clipped,
     count_name,
     moment_of,
+    ms_of,
     note_overflow,
     shown_name,
 )
@@ -97,7 +98,7 @@ def fold_follow_up(
     kind = type(body)
     if kind is Feedback and body.correct_verdict not in _FEEDBACK_COLUMNS[body.feedback]:
         raise Unfoldable("feedback.recorded: a correction without `correct_verdict`")
-    ms = moment_of(entry, body)[0]
+    ms = ms_of(entry, body)
     if ms > state["newest_ms"]:
         advance(state, entry, ms)
     decision = None
@@ -145,8 +146,10 @@ def _folded(state: State, entry: Entry, subject: Entry) -> Decision | None:
 
 def _shown_policies(state: State, decision: Decision) -> list[str]:
     """The names under which the decision's policies count, each once."""
-    names = (shown_name(state, "policies", name) for name in policy_names(decision))
-    return list(dict.fromkeys(names))
+    known, names = state["policies"], policy_names(decision)
+    if len(names) == 1 and names[0] in known:
+        return names
+    return list(dict.fromkeys(shown_name(state, "policies", name) for name in names))
 
 
 # -- votes and resolutions ------------------------------------------------------------------------

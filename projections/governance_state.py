@@ -19,6 +19,7 @@ from projections.windows import (
     moment,
     moment_of_ms,
     new_ring,
+    time_ms,
 )
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ __all__ = [
     "count_name",
     "fits",
     "moment_of",
+    "ms_of",
     "new_state",
     "note_late",
     "note_overflow",
@@ -251,6 +253,15 @@ def moment_of(entry: Entry, body: Body | Decision) -> Moment:
         Unfoldable: `at` is no time.
     """
     return moment_of_ms(entry.recorded_ms) if body.at is None else moment(body.at)
+
+
+def ms_of(entry: Entry, body: Body | Decision) -> int:
+    """The ms of `moment_of`.
+
+    Raises:
+        Unfoldable: as `moment_of`.
+    """
+    return entry.recorded_ms if body.at is None else time_ms(body.at)
 
 
 def advance(state: State, entry: Entry, ms: int) -> None:

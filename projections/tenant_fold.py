@@ -225,21 +225,23 @@ class TenantFold:
         An entity is not looked for where it cannot exist: of a decision that has no follow-up yet.
         """
         subjects: list[Entry | None] = [None] * len(entries)
-        first = set[int]()
-        if self._wants_subjects:
-            subjects, first = await self._subjects_of(entries)
+        first = await self._find_subjects(entries, subjects) if self._wants_subjects else ()
         needs, sought, naming = _Needs(subjects, {STATE: None}, set()), list[str](), self._naming
-        for entry, subject in zip(entries, subjects, strict=True):
+        names, known, names_of_entry = needs.names, self._entities, self.projection.names
+        for place, entry in enumerate(entries):
             if naming is not None and entry.raw_fields[1] not in naming:
                 continue
-            for name in names_of(self.projection, entry):
-                if name in needs.names:
+            named = (
+                names_of(self.projection, entry) if entry.memo is None else names_of_entry(entry)
+            )
+            for name in named:
+                if name in names:
                     continue
-                needs.names[name] = None
-                if name in self._entities:
+                names[name] = None
+                if name in known:
                     continue
                 of_decision = name.startswith(DECISION_PREFIX)
-                if of_decision and subject is None:
+                if of_decision and subjects[place] is None:
                     needs.orphans.add(name)
                 elif not of_decision or entry.seq not in first:
                     sought.append(name)
@@ -247,30 +249,32 @@ class TenantFold:
             self._entities.update(await self.store.load(sought))
         return needs
 
-    async def _subjects_of(self, entries: Sequence[Entry]) -> tuple[list[Entry | None], set[int]]:
-        """For each entry the decision that it follows, recorded before it, and None for most; the
+    async def _find_subjects(
+        self, entries: Sequence[Entry], subjects: list[Entry | None]
+    ) -> set[int]:
+        """Puts the decision that an entry follows, recorded before it, in the entry's place; the
         seqs of those that are the first to follow theirs.
 
         Waits only where a decision is not at hand: then all that the rest need are read at once.
         """
         read_all(entries)
         kept, first = self._subjects, set[int]()
-        subjects: list[Entry | None] = []
+        untouched = kept.untouched
         for place, entry in enumerate(entries):
-            fields, subject = entry.raw_fields, None
-            if fields[1] == DECISION:
-                kept.untouched[fields[3]] = entry
-            elif fields[1] in FOLLOW_UPS:
+            fields = entry.raw_fields
+            kind = fields[1]
+            if kind == DECISION:
+                untouched[fields[3]] = entry
+            elif kind in FOLLOW_UPS:
                 found = kept.of(entry)
                 if found is None:
                     await kept.look_ahead(entries[place:])
                     found = kept.of(entry)
                     assert found is not None
-                subject, is_first = found
+                subjects[place], is_first = found
                 if is_first:
                     first.add(entry.seq)
-            subjects.append(subject)
-        return subjects, first
+        return first
 
     def _check_orphans(self, needs: _Needs) -> None:
         made = needs.orphans & self._entities.keys()

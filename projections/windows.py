@@ -35,6 +35,7 @@ __all__ = [
     "new_ring",
     "slot",
     "slots",
+    "time_ms",
     "time_text",
 ]
 
@@ -93,6 +94,18 @@ def moment(text: str) -> Moment:
     if ms is None:
         ms = _fraction_ms(text[17:])
     return begin_ms + ms, minute, place, hour, hour_place
+
+
+def time_ms(text: str) -> int:
+    """The ms of `moment`, sooner.
+
+    Raises:
+        Unfoldable: as `moment`.
+    """
+    try:
+        return MINUTES[text[:17]][0] + SECOND_MS[text[17:]]
+    except KeyError:
+        return moment(text)[0]
 
 
 def _minute(text: str) -> Moment:
