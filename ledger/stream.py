@@ -387,7 +387,7 @@ async def raw_pages(
             page, ahead = await ahead, None
     finally:
         if ahead is not None:
-            await _dropped(ahead)
+            await dropped(ahead)
 
 
 @dataclass(slots=True)
@@ -537,7 +537,7 @@ class Walk:
                 page, ahead = await ahead, None
         finally:
             if ahead is not None:
-                await _dropped(ahead)
+                await dropped(ahead)
         if to_ms is None and self._exact and self.seq < goal:
             raise _missing(self.tenant, self.seq + 1, goal)
 
@@ -673,7 +673,7 @@ class Walk:
         )
 
 
-async def _dropped(task: asyncio.Future[Any]) -> None:
+async def dropped(task: asyncio.Future[Any]) -> None:
     """Cancels a task and sees it end; a cancellation of the caller meanwhile stays the caller's."""
     task.cancel()
     await asyncio.wait([task])

@@ -192,15 +192,16 @@ class Projector:
                 goal = walk.head.seq
                 async with aclosing(walk.pages()) as found:
                     async for page in found:
-                        await fold.fold_page(walk, page, followers)
+                        await fold.fold_ahead(walk, page, followers)
                         folded += len(page)
                         if on_progress:
                             on_progress(fold.tenant, len(page))
                         enough = pages is not None and folded >= pages * walk.page_entries
-                        if enough or fold.seq >= goal:
+                        if enough or fold.folded_seq >= goal:
                             break
                         if time.monotonic() - fold.published_at > PUBLISH_INTERVAL_S * 4:
                             await fold.publish(self._ttl_seconds)
+                await fold.settle(followers)
             except errors.LeaseHeld as error:
                 left_ms = error.facts["left_ms"]
                 assert isinstance(left_ms, int)
@@ -210,7 +211,8 @@ class Projector:
                 overtaken = error
                 continue
             except BaseException:
-                fold.forget()
+                for one in (fold, *followers):
+                    await one.abandon()
                 raise
             return folded
         assert overtaken is not None

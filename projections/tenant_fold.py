@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Callable, Container, Sequence
@@ -10,7 +11,7 @@ from typing import Any, Final, NamedTuple
 
 from ledger import errors
 from ledger.server import Server
-from ledger.stream import Entry, Position, Walk
+from ledger.stream import Entry, Position, Walk, dropped
 from projections.bodies import DECISION, FOLLOW_UPS, names_of, read_all, unreadable
 from projections.copies import EntityCopies
 from projections.projection import (
@@ -51,6 +52,13 @@ class _Needs(NamedTuple):
     orphans: set[str]
 
 
+class _Landing(NamedTuple):
+    """A commit under way, and the entities that it changes."""
+
+    commit: asyncio.Future[Committed]
+    changed: Entities
+
+
 class TenantFold:
     """One tenant's fold of one projection, as far as it is in memory."""
 
@@ -70,6 +78,9 @@ class TenantFold:
             self._copies = EntityCopies(server, tenant, projection, store)
         self.store = store
         self.committed: Committed | None = None
+        self._folded: Position | None = None
+        """How far memory is: past the committed position while a commit is under way."""
+        self._landing: _Landing | None = None
         self.published_at = 0.0
         self._standing: tuple[Standing, float] | None = None
         self._left: Committed | None = None
@@ -84,6 +95,11 @@ class TenantFold:
     def seq(self) -> int:
         """The last ordinal that is committed."""
         return self.committed.position.seq if self.committed and self.committed.position else 0
+
+    @property
+    def folded_seq(self) -> int:
+        """The last ordinal that is folded, and committed or about to be."""
+        return self._folded.seq if self._folded else 0
 
     @property
     def state(self) -> dict[str, Any]:
@@ -110,7 +126,7 @@ class TenantFold:
     def forget(self) -> None:
         """Drops what is in memory: the next fold begins from what is committed."""
         self._left = self.committed or self._left
-        self.committed = self._walk = None
+        self.committed = self._folded = self._walk = None
         self._entities.clear()
         self._subjects.forget()
 
@@ -142,6 +158,7 @@ class TenantFold:
     async def _load(self) -> None:
         self.forget()
         self.committed, state = await self.store.committed()
+        self._folded = self.committed.position
         self._left, self._marked = self.committed, self.committed.stopped
         if state:
             self._entities[STATE] = state
@@ -156,13 +173,50 @@ class TenantFold:
         `followers`, other folds of the tenant that stand where this one stood, fold the page too:
         it is read and decoded once for all.
         """
-        before = self.committed and self.committed.position
+        await self.fold_ahead(walk, page, followers)
+        await self.settle(followers)
+
+    async def fold_ahead(
+        self, walk: Walk, page: Sequence[Entry], followers: Sequence[TenantFold] = ()
+    ) -> None:
+        """`fold_page` that does not wait for its own commit, but for the one before: the server
+        works on it while the next page is folded. `settle` waits for the last one.
+        """
+        before = self._folded
         try:
             await self._fold_page(walk, page)
             for follower in followers:
                 await follower.follow(walk, page, before)
         finally:
             _drop_bodies(page)
+
+    async def settle(self, followers: Sequence[TenantFold] = ()) -> None:
+        """Waits until what is folded is committed; on any error memory is dropped.
+
+        Raises:
+            CommitConflict, LeaseHeld, Unavailable: as `FoldStore.commit`; not what `followers`
+                meet, as their own walks meet it again.
+        """
+        for follower in followers:
+            await follower.settle_or_forget()
+        landing, self._landing = self._landing, None
+        if landing is None:
+            return
+        try:
+            self.committed = await landing.commit
+        except BaseException:
+            await dropped(landing.commit)
+            self.forget()
+            raise
+        if self._copies is not None:
+            self._copies.note(landing.changed, self.seq)
+
+    async def settle_or_forget(self) -> None:
+        """`settle` that raises nothing: whoever folds on from what is committed meets it again."""
+        try:
+            await self.settle()
+        except Exception as error:  # noqa: BLE001 - its own walk meets it again, and raises it
+            _log.debug("tenant %s: %s: %s", self.tenant, self.projection.name, error)
 
     async def follow(self, walk: Walk, page: Sequence[Entry], before: Position | None) -> None:
         """Folds a page that begins behind `before` and that another fold has read.
@@ -173,36 +227,47 @@ class TenantFold:
             if self.committed is None:
                 await self._load()
             self._head_seq = walk.head.seq
-            if self.committed is not None and self.committed.position == before:
+            if self.committed is not None and self._folded == before:
                 await self._fold_page(walk, page)
                 self._walk = None
         except Exception as error:  # noqa: BLE001 - its own walk meets it again, and raises it
             _log.debug("tenant %s: %s: %s", self.tenant, self.projection.name, error)
-            self.forget()
 
     async def _fold_page(self, walk: Walk, page: Sequence[Entry]) -> None:
         try:
-            if page[0].seq != self.seq + 1:
+            folded = self.folded_seq
+            if page[0].seq != folded + 1:
                 raise errors.CommitConflict(  # noqa: TRY301 - so that memory is dropped here too
-                    f"tenant {self.tenant}: {self.projection.name} is folded to seq {self.seq}, "
+                    f"tenant {self.tenant}: {self.projection.name} is folded to seq {folded}, "
                     f"so it cannot fold a page that begins with seq {page[0].seq}",
                     hint="the next fold goes on from what is committed",
                 )
-            own = [entry for entry in page if not entry.foreign]
+            own, position = [entry for entry in page if not entry.foreign], walk.position
             changed, quarantined = await self.apply(own, keep_bodies=True)
+            await self.settle()
             if self.committed is None:
                 raise errors.CommitConflict(  # noqa: TRY301 - so that memory is dropped here too
                     f"tenant {self.tenant}: {self.projection.name} was rebuilt meanwhile",
                     hint="the next fold goes on from there",
                 )
-            self.committed = await self.store.commit(
-                self.committed, walk.position, changed, quarantined
-            )
-            if self._copies is not None:
-                self._copies.note(changed, self.seq)
-        except BaseException:
+            commit = self.store.commit(self.committed, position, changed, quarantined)
+            self._landing = _Landing(asyncio.ensure_future(commit), changed)
+            self._folded = position
+            await asyncio.sleep(0)  # so that it is sent now, not when we next wait
+        except Exception:
+            await self.settle_or_forget()
             self.forget()
             raise
+        except BaseException:
+            await self.abandon()
+            raise
+
+    async def abandon(self) -> None:
+        """Drops what is in memory, and the commit that is under way, which may land or not."""
+        landing, self._landing = self._landing, None
+        if landing is not None:
+            await dropped(landing.commit)
+        self.forget()
 
     async def apply(
         self, entries: Sequence[Entry], *, keep_bodies: bool = False
@@ -227,14 +292,11 @@ class TenantFold:
         subjects: list[Entry | None] = [None] * len(entries)
         first = await self._find_subjects(entries, subjects) if self._wants_subjects else ()
         needs, sought, naming = _Needs(subjects, {STATE: None}, set()), list[str](), self._naming
-        names, known, names_of_entry = needs.names, self._entities, self.projection.names
+        names, known = needs.names, self._entities
         for place, entry in enumerate(entries):
             if naming is not None and entry.raw_fields[1] not in naming:
                 continue
-            named = (
-                names_of(self.projection, entry) if entry.memo is None else names_of_entry(entry)
-            )
-            for name in named:
+            for name in names_of(self.projection, entry):
                 if name in names:
                     continue
                 names[name] = None
@@ -246,8 +308,16 @@ class TenantFold:
                 elif not of_decision or entry.seq not in first:
                     sought.append(name)
         if sought:
-            self._entities.update(await self.store.load(sought))
+            self._entities.update(await self._load_entities(sought))
         return needs
+
+    async def _load_entities(self, names: list[str]) -> Entities:
+        """Those that exist; from Redis what no commit under way is changing there."""
+        if self._landing is None:
+            return await self.store.load(names)
+        landing = self._landing.changed
+        found = await self.store.load([name for name in names if name not in landing])
+        return found | {name: landing[name] for name in names if name in landing}
 
     async def _find_subjects(
         self, entries: Sequence[Entry], subjects: list[Entry | None]
@@ -310,6 +380,7 @@ class TenantFold:
         copies a thousand, or the `whole`. A newer version takes over here, when it has caught up;
         the first one at once.
         """
+        await self.settle()
         if self.committed is None or self.committed.position is None:
             return
         standing = await self.standing()
