@@ -85,7 +85,9 @@ class EntityCopies:
             names = list(self._due)[:COPIES_AT_ONCE]
             seq = committed.position.seq if len(names) == len(self._due) else self._mark
         missing = [name for name in names if name not in at_hand]
-        entities = at_hand | await self._store.load(missing) if missing else at_hand
+        entities = (
+            at_hand | await self._store.load(dict.fromkeys(missing, 0)) if missing else at_hand
+        )
         values = self._values(names, entities)
         await self._store.publish_entities(committed, values, ttl_seconds, replaces)
         for name in names:

@@ -6,7 +6,7 @@ begins at the nearest snapshot that is kept; without one, at the first entry. No
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import aclosing, suppress
 from datetime import datetime
 from typing import Any, Final, NamedTuple
@@ -15,8 +15,8 @@ import orjson
 
 from ledger import errors, keys
 from ledger.server import Server
-from ledger.stream import Position, Walk, read_head, split_id
-from projections.projection import STATE, Entities, Projection
+from ledger.stream import Position, Walk, find_many, read_head, split_id
+from projections.projection import DECISION_PREFIX, STATE, Entities, Projection
 from projections.snapshots import Kept, unpacked
 from projections.store import FoldStore, encode_entity
 from projections.tenant_fold import TenantFold
@@ -115,8 +115,15 @@ async def _folded(
             hint="`govledger replay` shows when its first entry was recorded",
             tenant=tenant,
         )
-    entities = await store.load(names)
+    entities = await store.load(await _recorded(server, tenant, names))
     return Past(position, fold.state, entities, store.base.seq if store.base else 0)
+
+
+async def _recorded(server: Server, tenant: str, names: Sequence[str]) -> dict[str, int]:
+    """For each entity the seq of the decision that it is about; 0 where there is none."""
+    ids = [name.removeprefix(DECISION_PREFIX) for name in names if name.startswith(DECISION_PREFIX)]
+    found = await find_many(server, tenant, ids)
+    return dict.fromkeys(names, 0) | {DECISION_PREFIX + one.id: one.seq for one in found}
 
 
 class PastStore(FoldStore):
@@ -153,11 +160,12 @@ class PastStore(FoldStore):
             if name != STATE:
                 self._folded[name] = encode_entity(entity)
 
-    async def load(self, names: Iterable[str]) -> Entities:
-        """The named entities that existed."""
+    async def load(self, names: Mapping[str, int]) -> Entities:
+        """The named entities that existed; a snapshot says nothing of one that came to be later."""
         wanted = [name for name in names if name != STATE]
         found = {name: self._folded[name] for name in wanted if name in self._folded}
-        missing = [name for name in wanted if name not in found]
+        last = self.base.seq if self.base is not None else 0
+        missing = [name for name in wanted if name not in found and names[name] <= last]
         if self.base is not None and missing:
             older = await self.load_at(self.base, missing)
             if older is None:

@@ -186,8 +186,10 @@ class FoldStore:
         except ValueError:
             return 0
 
-    async def load(self, names: Iterable[str]) -> Entities:
-        """The named entities that exist."""
+    async def load(self, names: Mapping[str, int]) -> Entities:
+        """The named entities that exist; the seq with each, behind which it came to be, is for
+        who reads the past.
+        """
         wanted = list(names)
         packed = [
             pack("HGET", self._key if name == STATE else self._bucket(name), name)
@@ -204,8 +206,11 @@ class FoldStore:
         position: Position,
         changed: Mapping[str, Mapping[str, Any]],
         quarantined: Mapping[int, str],
+        since: Mapping[str, int] | None = None,
     ) -> Committed:
         """Entities and position in one step.
+
+        `since`: entities that did not exist at or before a seq, so no older snapshot needs them.
 
         Raises:
             CommitConflict: the committed position is not `before` any more.
@@ -213,11 +218,12 @@ class FoldStore:
         """
         on: list[str] = [self._key, self._lease]
         fields: list[bytes | str | int] = []
-        for name, entity in changed.items():
+        older = self._known_to_snapshots(changed, since or {})
+        for name in sorted(changed, key=older.__contains__, reverse=True):
             if name != STATE:
                 on.append(self._bucket(name))
-                fields += [len(on), name, encode_entity(entity)]
-        entities, state = len(fields) // 3, b""
+                fields += [len(on), name, encode_entity(changed[name])]
+        entities, state = len(older), b""
         if STATE in changed:
             state = encode_entity(changed[STATE])
             fields += [1, STATE, state]
@@ -245,6 +251,13 @@ class FoldStore:
             self._snapshots.append(Kept(position.seq, position, before.build))
             await self._drop_spare_snapshots(after)
         return after
+
+    def _known_to_snapshots(self, names: Iterable[str], since: Mapping[str, int]) -> set[str]:
+        """Those of the entities that may have existed at the latest snapshot."""
+        if not self._snapshots:
+            return set()
+        last = self._snapshots[-1].seq
+        return {name for name in names if name != STATE and since.get(name, 0) <= last}
 
     def _snapshot(
         self, on: list[str], entities: int, position: Position, state: bytes

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from functools import partial
 from typing import Any, Final, NamedTuple
 
@@ -43,12 +43,13 @@ class _Needs(NamedTuple):
 
     Attributes:
         subjects: for each entry the decision that it follows, recorded before it; None for most.
-        names: the entities that they may touch.
+        names: the entities that they may touch, and behind which seq each came to be: that of the
+            decision that it is about, or 0 where nothing is known of it.
         orphans: those among them of decisions that are not recorded.
     """
 
     subjects: list[Entry | None]
-    names: dict[str, None]
+    names: dict[str, int]
     orphans: set[str]
 
 
@@ -81,6 +82,8 @@ class TenantFold:
         self._folded: Position | None = None
         """How far memory is: past the committed position while a commit is under way."""
         self._landing: _Landing | None = None
+        self._since: Mapping[str, int] = {}
+        """Of the entities that were applied last; see `_Needs.names`."""
         self.published_at = 0.0
         self._standing: tuple[Standing, float] | None = None
         self._left: Committed | None = None
@@ -250,7 +253,7 @@ class TenantFold:
                     f"tenant {self.tenant}: {self.projection.name} was rebuilt meanwhile",
                     hint="the next fold goes on from there",
                 )
-            commit = self.store.commit(self.committed, position, changed, quarantined)
+            commit = self.store.commit(self.committed, position, changed, quarantined, self._since)
             self._landing = _Landing(asyncio.ensure_future(commit), changed)
             self._folded = position
             await asyncio.sleep(0)  # so that it is sent now, not when we next wait
@@ -278,6 +281,7 @@ class TenantFold:
         for seq, reason in refused.items():
             self._name_quarantined(seq, reason)
         self._check_orphans(needs)
+        self._since = needs.names
         changed = {name: entities[name] for name in needs.names if name in entities}
         self._trim()
         if not keep_bodies:
@@ -291,7 +295,7 @@ class TenantFold:
         """
         subjects: list[Entry | None] = [None] * len(entries)
         first = await self._find_subjects(entries, subjects) if self._wants_subjects else ()
-        needs, sought, naming = _Needs(subjects, {STATE: None}, set()), list[str](), self._naming
+        needs, sought, naming = _Needs(subjects, {STATE: 0}, set()), dict[str, int](), self._naming
         names, known = needs.names, self._entities
         for place, entry in enumerate(entries):
             if naming is not None and entry.raw_fields[1] not in naming:
@@ -299,24 +303,25 @@ class TenantFold:
             for name in names_of(self.projection, entry):
                 if name in names:
                     continue
-                names[name] = None
+                of_decision, subject = name.startswith(DECISION_PREFIX), subjects[place]
+                names[name] = subject.seq if of_decision and subject is not None else 0
                 if name in known:
                     continue
-                of_decision = name.startswith(DECISION_PREFIX)
-                if of_decision and subjects[place] is None:
+                if of_decision and subject is None:
                     needs.orphans.add(name)
                 elif not of_decision or entry.seq not in first:
-                    sought.append(name)
+                    sought[name] = names[name]
         if sought:
             self._entities.update(await self._load_entities(sought))
         return needs
 
-    async def _load_entities(self, names: list[str]) -> Entities:
+    async def _load_entities(self, names: Mapping[str, int]) -> Entities:
         """Those that exist; from Redis what no commit under way is changing there."""
         if self._landing is None:
             return await self.store.load(names)
         landing = self._landing.changed
-        found = await self.store.load([name for name in names if name not in landing])
+        elsewhere = {name: since for name, since in names.items() if name not in landing}
+        found = await self.store.load(elsewhere)
         return found | {name: landing[name] for name in names if name in landing}
 
     async def _find_subjects(

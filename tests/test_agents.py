@@ -601,7 +601,7 @@ async def put_agents(ledger, tenant, count):
     """Commits as many agents as if each had acted once."""
     store = FoldStore(ledger.server, tenant, Agents())
     committed, state = await store.committed()
-    (agent,) = (await store.load([agent_name("agent-1")])).values()
+    (agent,) = (await store.load({agent_name("agent-1"): 0})).values()
     for start in range(0, count, 1000):
         numbers = range(start, min(start + 1000, count))
         changed = {agent_name(f"agent-{n:06}"): agent for n in numbers}

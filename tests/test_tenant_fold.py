@@ -46,7 +46,7 @@ async def test_what_is_kept_in_memory_does_not_matter(ledger, tenant, projection
         walk.page_entries = page_entries
         async for page in walk.pages():
             await fold.fold_page(walk, page)
-        wholes.append(encode_entity(await fold.store.load(names)))
+        wholes.append(encode_entity(await fold.store.load(dict.fromkeys(names, 0))))
         assert fold.seq == len(events)
     assert len(set(wholes)) == 1
     assert len(orjson.loads(wholes[0])) == 41
@@ -77,7 +77,7 @@ async def test_first_follow_up_of_a_decision_looks_nothing_up(ledger, server, te
     walk = await again.begin()
     async for page in walk.pages():
         await again.fold_page(walk, page)
-    loaded = await again.store.load(["decision:d-1", "decision:d-2"])
+    loaded = await again.store.load({"decision:d-1": 0, "decision:d-2": 0})
     assert [one["outcome"] for one in loaded.values()] == ["succeeded", "failed"]
 
 
