@@ -41,7 +41,7 @@ from projections.governance_state import (
 )
 from projections.governance_view import rate
 from projections.projection import STATE, Entities, Unfoldable
-from projections.windows import time_text
+from projections.windows import time_ms, time_text
 
 if TYPE_CHECKING:
     from ledger.stream import Entry
@@ -76,7 +76,7 @@ TIERS: Final = ("trusted", "monitored", "restricted")
 _DEFAULT_SEVERITY: Final = SEVERITIES.index("high")
 _SEVERITY: Final[dict[str | None, int]] = {name: n for n, name in enumerate(SEVERITIES)}
 _LOSS: Final = tuple(getattr(TRUST, name) for name in SEVERITIES)
-_LET_THROUGH: Final = ("allow", "transform")
+_LET_THROUGH: Final = (VERDICT_COLUMN["allow"], VERDICT_COLUMN["transform"])
 _DENY: Final = VERDICT_COLUMN["deny"]
 
 _WARNING, _VIOLATION = 1, 2
@@ -203,7 +203,10 @@ def _fold(state: Agent, entities: Entities, entries: Sequence[Entry]) -> dict[in
             continue
         try:
             body = entry.memo or read(entry)
-            ms = _ms_of(entry, body)
+            if body.at is None or (count is _count_decision and body.expires_at is not None):
+                ms = _ms_of(entry, body)
+            else:
+                ms = time_ms(body.at)
         except Unfoldable as error:
             refused[entry.seq] = error.reason
             continue
@@ -245,26 +248,32 @@ def _note_last(state: Agent, agent: Agent, entry: Entry, tier_before: str | None
 
 
 def _count_decision(state: Agent, agent: Agent, body: Decision) -> None:
-    verdict = VERDICT_COLUMN[body.verdict]
+    verdict, role = VERDICT_COLUMN[body.verdict], body.agent.maci_role
     effects, gravest = 0, len(SEVERITIES)
-    for rule in body.rules or ():
-        if rule.effect != "match":
-            effects |= _EFFECT[rule.effect]
-            if rule.effect == "violation":
-                gravest = min(gravest, _SEVERITY.get(rule.severity, _DEFAULT_SEVERITY))
+    if body.rules:
+        for rule in body.rules:
+            if rule.effect != "match":
+                effects |= _EFFECT[rule.effect]
+                if rule.effect == "violation":
+                    gravest = min(gravest, _SEVERITY.get(rule.severity, _DEFAULT_SEVERITY))
     state["decisions"] += 1
     agent["verdicts"][verdict] += 1
     agent["denials"] = agent["denials"] + 1 if verdict == _DENY else 0
     agent["recent"] = (agent["recent"] + _LETTERS[4 * verdict + effects])[-RECENT_LIMIT:]
-    if body.agent.maci_role is not None:
-        agent["maci_role"] = clipped(body.agent.maci_role)
+    if role is not None and role != agent["maci_role"]:
+        agent["maci_role"] = clipped(role)
+    if effects:
+        _count_effects(agent, effects, gravest)
+    if effects < _VIOLATION and verdict in _LET_THROUGH and agent["trust"] < TRUST.start:
+        _move_trust(agent, TRUST.compliant)
+
+
+def _count_effects(agent: Agent, effects: int, gravest: int) -> None:
     if effects & _WARNING:
         agent["warnings"] += 1
     if effects & _VIOLATION:
         agent["violations"][gravest] += 1
         _move_trust(agent, _LOSS[gravest])
-    elif body.verdict in _LET_THROUGH:
-        _move_trust(agent, TRUST.compliant)
 
 
 def _move_trust(agent: Agent, change: int) -> None:

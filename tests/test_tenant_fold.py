@@ -1,12 +1,15 @@
 """One tenant's fold in memory: what is at hand does not matter, nor how the entries were cut."""
 
+import asyncio
+
 import orjson
 import pytest
 
 from ledger import EscalationResolved, Feedback, Ledger, Outcome
 from ledger.stream import Entry
 from projections import Governance, Projector
-from projections.store import encode_entity
+from projections.store import FoldStore, encode_entity
+from projections.tenant_fold import TenantFold
 from tests.test_projector import Counter, decision
 
 
@@ -161,3 +164,44 @@ async def test_defect_in_a_projection_is_raised(ledger, tenant):
     await ledger.append(tenant, decision(1))
     with pytest.raises(KeyError, match="typo"):
         await Projector(ledger, [Broken()]).run_once([tenant])
+
+
+class Gated:
+    """A server whose functions are sent once the gate is open."""
+
+    def __init__(self, server):
+        self._server = server
+        self.gate = asyncio.Event()
+
+    def __getattr__(self, name):
+        return getattr(self._server, name)
+
+    async def function(self, *args):
+        await self.gate.wait()
+        return await self._server.function(*args)
+
+
+async def test_page_is_folded_on_top_of_a_commit_that_is_under_way(ledger, tenant, monkeypatch):
+    """An entity that memory dropped, and whose last change is not in Redis yet, is not read old."""
+    monkeypatch.setattr("projections.tenant_fold.ENTITIES_KEPT", 0)
+    outcomes = [Outcome(decision_id="d-0", outcome="failed") for _ in range(3)]
+    await ledger.append_many(tenant, [decision(0), *outcomes])
+    server = Gated(ledger.server)
+    fold = TenantFold(server, tenant, Counter(), FoldStore(server, tenant, Counter()))
+    apply = fold.apply
+
+    async def apply_and_open(*args, **kwargs):
+        result = await apply(*args, **kwargs)
+        if fold.folded_seq:  # the first page is folded, and not committed
+            assert fold.seq == 0
+            server.gate.set()
+        return result
+
+    monkeypatch.setattr(fold, "apply", apply_and_open)
+    walk = await fold.begin()
+    walk.page_entries = 2
+    async for page in walk.pages():
+        await fold.fold_ahead(walk, page)
+    await fold.settle()
+    followed = (await fold.store.load({"decision:d-0": 0}))["decision:d-0"]
+    assert (fold.seq, followed["follow_ups"]) == (4, 3)
