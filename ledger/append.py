@@ -98,7 +98,7 @@ class Receipt(msgspec.Struct, frozen=True, gc=False):
 class _Group:
     """One caller's events: sequenced together or refused together, alone."""
 
-    __slots__ = ("bytes", "done", "durability", "events", "expected_seq", "packed")
+    __slots__ = ("after", "bytes", "done", "durability", "events", "expected_seq", "packed")
 
     def __init__(
         self,
@@ -106,21 +106,27 @@ class _Group:
         expected_seq: int | None,
         durability: Durability | None,
         done: asyncio.Future[list[Receipt]],
+        after: EncodedEvent | None = None,
     ) -> None:
         self.events = events
         self.expected_seq = expected_seq
         self.durability = durability
         self.done = done
-        self.packed = _packed_group(events, expected_seq)
+        self.after = after
+        self.packed = _packed_group(events, expected_seq, after)
         self.bytes = len(self.packed)
 
 
-def _packed_group(events: Sequence[EncodedEvent], expected_seq: int | None) -> bytes:
+def _packed_group(
+    events: Sequence[EncodedEvent], expected_seq: int | None, after: EncodedEvent | None
+) -> bytes:
     """The group as functions.lua reads it: its header, its types, then the events."""
     expected = -1 if expected_seq is None else expected_seq
+    behind = b"" if after is None else b" " + after.sha256 + after.id.encode()
     if len(events) == 1:
         (event,) = events
-        header, kind = b"%d %d 1" % (expected, max(event.at_ms or 0, 0)), event.type.encode()
+        header = b"%d %d 1%b" % (expected, max(event.at_ms or 0, 0), behind)
+        kind = event.type.encode()
         return _PACKED_ALONE % (len(header), header, len(kind), kind, event.packed)
     types = {event.type: b"" for event in events}
     codes = b""
@@ -128,7 +134,7 @@ def _packed_group(events: Sequence[EncodedEvent], expected_seq: int | None) -> b
         places = {kind: b"%c" % (_FIRST_TYPE + n) for n, kind in enumerate(types)}
         codes = b"".join([places[event.type] for event in events])
     latest = max([event.at_ms or 0 for event in events])
-    header = b"%d %d %d" % (expected, max(latest, 0), len(events))
+    header = b"%d %d %d%b" % (expected, max(latest, 0), len(events), behind)
     head = _packed_strings(header, " ".join(types).encode(), codes)
     return b"".join([head, *[event.packed for event in events]])
 
@@ -172,6 +178,7 @@ class Appender:
         events: Sequence[Event],
         expected_seq: int | None,
         durability: Durability | None,
+        after: Event | None = None,
     ) -> asyncio.Future[list[Receipt]]:
         """Receipts in the order of `events`; all are recorded, or none.
 
@@ -185,7 +192,9 @@ class Appender:
         if lane is None:
             lane = self._lanes[at] = _Lane(self.server, tenant, self._feed)
         done: asyncio.Future[list[Receipt]] = asyncio.get_running_loop().create_future()
-        lane.put(_Group(encoded, expected_seq, level, done))
+        lane.put(
+            _Group(encoded, expected_seq, level, done, None if after is None else encode(after))
+        )
         return done
 
     async def aclose(self) -> None:
@@ -546,6 +555,14 @@ class _Lane:
                 tenant=self._tenant,
                 expected=group.expected_seq,
                 actual=result[1],
+            )
+        if group.after is not None and result[0] == 4:
+            return errors.PredecessorMissing(
+                f"tenant {self._tenant}: event {group.after.id} is not recorded as it is, and this "
+                "was to come behind it",
+                hint="append that one first; nothing of this was written",
+                tenant=self._tenant,
+                after_id=group.after.id,
             )
         latest = max(group.events, key=lambda event: event.at_ms or 0)
         return errors.ClockSkew(

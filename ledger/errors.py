@@ -8,6 +8,7 @@
     ├── Refused                      the ledger said no; nothing was written
     │   ├── ConflictingEvent         the id is recorded with another body
     │   ├── WrongExpectedSeq         the tenant has moved on
+    │   ├── PredecessorMissing       the event that it was to come behind is not recorded
     │   ├── ClockSkew                this machine's clock and the server's differ too much
     │   ├── UnsafeServer             a server setting can lose what was acknowledged
     │   ├── IndexBehind              the idempotency index does not cover the stream: reindex
@@ -80,6 +81,7 @@ __all__ = [
     "NotProved",
     "OutOfMemory",
     "PermissionDenied",
+    "PredecessorMissing",
     "ReadOnlyReplica",
     "Refused",
     "SealRefused",
@@ -149,6 +151,10 @@ class ConflictingEvent(Refused):
 
 class WrongExpectedSeq(Refused):
     """The tenant's head is not where the caller expected; `facts`: expected, actual."""
+
+
+class PredecessorMissing(Refused):
+    """The event that the append was to come behind is not recorded; `facts`: after_id."""
 
 
 class ClockSkew(Refused):

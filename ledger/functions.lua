@@ -199,7 +199,8 @@ local function next_time_ms(head, now)
   return time
 end
 
--- Groups in ARGV, each: 'expected seq (-1: any), latest `at` in ms, count', the names of its types
+-- Groups in ARGV, each: 'expected seq (-1: any), latest `at` in ms, count' and, where the group may
+-- only come behind an event, a space, the SHA-256 of that one's data and its id; the names of its types
 -- divided by spaces, which of them each event has (a byte an event, 'A' the first; empty where
 -- there is one), then per event id, data, SHA-256 of data. Few arguments: each costs as much as a
 -- table access does.
@@ -210,8 +211,9 @@ local FIRST_TYPE = 65  -- 'A'
 local function read_groups(args)
   local groups, ids, count, at, last = {}, {}, 0, FIRST_GROUP, #args
   while at <= last do
-    local expected, latest_at, events = string.match(args[at], '^(-?%d+) (%d+) (%d+)$')
+    local expected, latest_at, events, behind = string.match(args[at], '^(-?%d+) (%d+) (%d+) ?(.*)$')
     local group = {expected = tonumber(expected), latest_at = tonumber(latest_at), first = at + 3,
+                   behind = behind,
                    last = at + 3 + (tonumber(events) - 1) * EVENT_ARGS,
                    types = args[at + 1], codes = args[at + 2]}
     for event = group.first, group.last, EVENT_ARGS do
@@ -281,6 +283,12 @@ local function count_refused(head_key, duplicates, conflicts)
   if conflicts > 0 then redis.pcall('HINCRBY', head_key, 'conflicts', conflicts) end
 end
 
+local function is_recorded(index, known, digest_and_id)
+  local id = string.sub(digest_and_id, 33)
+  local value = known[id] or call('HGET', index, id)
+  return value and string.sub(value, 13) == string.sub(digest_and_id, 1, 32)
+end
+
 local function append_groups(keys, args, head, ms)
   local groups, ids = read_groups(args)
   local found, known = call('HMGET', keys[3], unpack(ids)), {}
@@ -294,7 +302,12 @@ local function append_groups(keys, args, head, ms)
   local results, index_args, before, repeated, conflicts = {}, {}, head.seq, 0, 0
   for g, group in ipairs(groups) do
     local first_seq = head.seq + 1
-    local new, refusal, duplicates = plan(group, args, known, head, ms)
+    local new, refusal, duplicates = {}, nil, nil
+    if group.behind ~= '' and not is_recorded(keys[3], known, group.behind) then
+      refusal = {4}
+    else
+      new, refusal, duplicates = plan(group, args, known, head, ms)
+    end
     if refusal then
       for _, event in ipairs(new) do known[args[event]] = nil end
       results[g] = refusal

@@ -108,15 +108,26 @@ class Ledger:
         *,
         expected_seq: int | None = None,
         durability: Durability | str | None = None,
+        after: Event | None = None,
     ) -> list[Receipt]:
         """Records up to 1,000 events in one atomic step: all of them, or none.
 
         Otherwise as `append`; the receipts are in the order of `events`.
 
+        Args:
+            tenant: whose ledger.
+            events: what happened, in order.
+            expected_seq: append only if the tenant's head is this.
+            durability: the level that must be reached; more than `memory` or an error.
+            after: append only if this event is recorded. So the next batch can be sent before the
+                one that it follows is acknowledged, and never lands without it.
+
         Raises:
             InvalidInput: there is no event, or more than 1,000.
+            PredecessorMissing: `after` is not recorded, or with other content.
         """
-        return await self._appender.put(tenant, events, expected_seq, _durability(durability))
+        level = _durability(durability)
+        return await self._appender.put(tenant, events, expected_seq, level, after)
 
     # -- read ---------------------------------------------------------------------------------
 

@@ -248,6 +248,26 @@ async def test_expected_seq_is_the_head_or_a_refusal(book, tenant):
             await book.append(tenant, decision("c"), expected_seq=wrong)
 
 
+async def test_a_batch_comes_behind_an_event_or_not_at_all(book, tenant):
+    """`after` is recorded, or in the same call before, or nothing is written and it is named."""
+    batches = [[decision("a"), decision("b")], [decision("c d")], [decision("e")], [decision("f")]]
+    befores = [None, decision("b"), decision("c d"), decision("nobody")]
+    results = await asyncio.gather(
+        *(
+            book.append_many(tenant, batch, after=before)
+            for batch, before in zip(batches, befores, strict=True)
+        ),
+        return_exceptions=True,
+    )
+    assert [receipt.seq for batch in results[:3] for receipt in batch] == [1, 2, 3, 4]
+    assert isinstance(results[3], errors.PredecessorMissing)
+    assert results[3].facts["after_id"] == "nobody"
+    assert "event nobody is not recorded" in results[3].message
+    with pytest.raises(errors.PredecessorMissing, match="event e is not recorded as it is"):
+        await book.append_many(tenant, [decision("f")], after=decision("e", verdict="deny"))
+    assert (await book.append_many(tenant, [decision("f")], after=decision("e")))[0].seq == 5
+
+
 async def test_duplicates_are_found_before_the_expected_seq(book, tenant):
     """A retry with the old expectation returns the first receipts, never fails against itself."""
     batch = [decision("a"), decision("b")]
@@ -796,7 +816,7 @@ def test_append_behaves_as_its_model(server):
 LIBRARY_SHA256 = {
     1: "22536d7470941521400e32c4d33f70032d56019db068402aee03b4329c1a27c1",
     2: "4bb93e5ae281bab531932462887c96f2bd33fb4c6c0be4ceec65da0b8372ae4a",
-    3: "332ab1016baadf26747981a78062e7f9b4ef1051b91271cd9fa851babc23454e",
+    3: "846791cdb9d5b9c24ee89ded25f1bcfc158d9d310cb418b9c575ddae006553e8",
 }
 """By LIBRARY_VERSION: the text that is, or once was, released under that number."""
 

@@ -233,6 +233,25 @@ def test_a_conflict_stops_and_says_what_had_landed(valkey, tenant):
     assert recorded(valkey, tenant) == 1 + 499
 
 
+@pytest.mark.parametrize("at", [0, 127, 200, 255, 256, 599])
+def test_order_of_a_file_holds_where_a_line_is_refused(valkey, tenant, at):
+    """Whatever group a conflict is in, nothing behind it lands; with --keep-going all the others
+    do, in the order of the file.
+    """
+    taken = as_lines(decision(f"d-{at}", verdict="deny"))
+    assert run(valkey.url, "append", tenant, "--json", stdin=taken).code == 0
+    lines = as_lines(*(decision(f"d-{n}") for n in range(600)))
+    done = run(valkey.url, "append", tenant, "--json", stdin=lines)
+    assert done.code == 4
+    landed = at // 128 * 128
+    assert recorded(valkey, tenant) == 1 + landed
+    assert f"stdin:{at + 1}: " in done.error["message"]
+    done = run(valkey.url, "append", tenant, "--keep-going", "--json", stdin=lines)
+    assert (done.code, done.lines[0]["rejected"]) == (2, 1)
+    ids = [line["id"] for line in run(valkey.url, "replay", tenant, "--json").lines]
+    assert ids == [f"d-{at}", *(f"d-{n}" for n in range(600) if n != at)]
+
+
 def test_expected_seq_is_for_one_batch(valkey, tenant):
     """--expected-seq appends all or nothing, and only at that head."""
     assert run(valkey.url, "append", tenant, "--expected-seq", 0, stdin=decisions(3)).code == 0

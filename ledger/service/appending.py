@@ -1,15 +1,16 @@
 """Appending a file of events: check every line, then record them all; or record the good lines and
 report the others.
 
-A tenant's events are recorded in the order of the file: one group at a time is under way for each
-tenant, while the lines of its next group are read.
+A tenant's events are recorded in the order of the file. Two of its groups are under way at once:
+the later one asks to come behind the last event of the earlier one, without which it is not
+recorded.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any, Final
@@ -32,7 +33,10 @@ GROUP_BYTES: Final = 1024 * 1024
 WAITING_EVENTS: Final = 10 * GROUP_EVENTS
 """How many events, of all tenants, wait for their groups to fill before all groups are sent."""
 
-TENANTS_AT_ONCE: Final = 8
+GROUPS_AT_ONCE: Final = 2
+"""Of one tenant."""
+
+CALLS_AT_ONCE: Final = 8
 LINES_A_TURN: Final = 32
 BAD_LINES_SHOWN: Final = 10
 AHEAD_LIMIT_MS: Final = 300_000
@@ -358,19 +362,24 @@ class _Recorder:
         self._source = source
         self._advance = advance
         self._rejects = rejects
-        self._sending: dict[str, asyncio.Task[None]] = {}
-        self._slots = asyncio.Semaphore(TENANTS_AT_ONCE)
+        self._sending: dict[str, deque[tuple[asyncio.Task[None], EncodedEvent]]] = defaultdict(
+            deque
+        )
+        """By tenant its groups under way, at most two, and the last event of each."""
+        self._slots = asyncio.Semaphore(CALLS_AT_ONCE)
         self._failure: errors.LedgerError | None = None
 
     async def send(self, *groups: _Group) -> None:
         """Returns when the last is on its way; raises what an earlier group came to."""
         for group in groups:
-            if group.tenant in self._sending:
-                await self._sending[group.tenant]
+            under_way = self._sending[group.tenant]
+            if len(under_way) == GROUPS_AT_ONCE:
+                await under_way.popleft()[0]
             await self._slots.acquire()
             if self._failure:
                 raise self._failure
-            self._sending[group.tenant] = asyncio.create_task(self._send(group))
+            before, last = under_way[-1] if under_way else None, group.events[-1]
+            under_way.append((asyncio.create_task(self._send(group, before)), last))
 
     async def finish(self) -> None:
         """Returns when all is acknowledged."""
@@ -380,7 +389,8 @@ class _Recorder:
 
     async def settle(self) -> None:
         """Waits for what is under way."""
-        await asyncio.gather(*self._sending.values())
+        tasks = [task for under_way in self._sending.values() for task, _ in under_way]
+        await asyncio.gather(*tasks)
 
     async def whole(self, group: _Group, expected_seq: int) -> None:
         """One atomic batch at the expected head: all of it, or an error and nothing."""
@@ -389,14 +399,34 @@ class _Recorder:
         except errors.LedgerError as error:
             raise _located(error, group, self._source.name) from error
 
-    async def _send(self, group: _Group) -> None:
+    async def _send(
+        self, group: _Group, before: tuple[asyncio.Task[None], EncodedEvent] | None
+    ) -> None:
         try:
+            if before is not None and await self._landed_behind(group, *before):
+                return
             while group.events and not await self._landed_or_rejected(group):
                 pass
         except errors.LedgerError as error:
             self._failure = self._failure or _located(error, group, self._source.name)
         finally:
             self._slots.release()
+
+    async def _landed_behind(
+        self, group: _Group, before: asyncio.Task[None], last: EncodedEvent
+    ) -> bool:
+        """Whether the group landed, sent while the one before it is under way. If not, that one
+        has ended: where it failed, this one is not to land.
+        """
+        try:
+            await self._append(group, after=last)
+        except errors.PredecessorMissing:
+            await before
+            return self._failure is not None
+        except (errors.ConflictingEvent, errors.ClockSkew):
+            await before  # and then again, as a group of its own, which may be rejected in part
+            return self._failure is not None
+        return True
 
     async def _landed_or_rejected(self, group: _Group) -> bool:
         """Whether the group landed; if not, one event less is in it."""
@@ -411,11 +441,15 @@ class _Recorder:
             return False
         return True
 
-    async def _append(self, group: _Group, expected_seq: int | None = None) -> None:
+    async def _append(
+        self, group: _Group, expected_seq: int | None = None, after: Any = None
+    ) -> None:
         tenant = group.tenant
         events: Any = group.events  # `events.encode` takes what is encoded already
         try:
-            receipts = await self._ledger.append_many(tenant, events, expected_seq=expected_seq)
+            receipts = await self._ledger.append_many(
+                tenant, events, expected_seq=expected_seq, after=after
+            )
         except errors.DurabilityNotReached as error:  # recorded all the same
             self.landed.setdefault(tenant, Landed(tenant)).add(error.facts.pop("receipts"))  # type: ignore[arg-type]
             raise
