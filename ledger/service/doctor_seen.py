@@ -22,6 +22,7 @@ from ledger.ledger import Ledger
 from ledger.server import NodeSettings, Server, pack
 from ledger.service.inspection import (
     Standing,
+    began_ms,
     config,
     info,
     oldest_unfolded_ms,
@@ -101,6 +102,8 @@ class Seen:
     nodes: list[Node]
     tenants: list[str] = field(default_factory=list)
     standings: list[Standing] = field(default_factory=list)
+    began_ms: int | None = None
+    """When the first entry was recorded; None where nothing is, or nobody says."""
     oldest_unfolded_ms: int | None = None
     """When the oldest entry was recorded that is not folded yet, by the ledger's clock."""
     quarantined: dict[str, int] = field(default_factory=dict)
@@ -264,6 +267,7 @@ async def _look_at_tenants(ledger: Ledger, seen: Seen) -> None:
     seen.misnamed = sorted(names - set(seen.tenants))[:NAMES_LIMIT]
     found = await _allowed(denied, "tenants", standings(ledger, seen.tenants))
     seen.standings = found or []
+    seen.began_ms = await _allowed(denied, "streams", began_ms(server, seen.tenants))
     seen.oldest_unfolded_ms = await _allowed(
         denied, "streams", oldest_unfolded_ms(server, seen.standings)
     )

@@ -20,6 +20,7 @@ from projections.registry import configured
 
 __all__ = [
     "Standing",
+    "began_ms",
     "config",
     "info",
     "number",
@@ -227,9 +228,22 @@ async def oldest_unfolded_ms(server: Server, found: Sequence[Standing]) -> int |
     everything is folded. Tenants with a problem of their own are left out.
     """
     behind = [one for one in found if one.behind and one.problem is None]
+    return await _oldest_ms(
+        server,
+        [(one.tenant, f"({one.folded.entry_id}" if one.folded else "-") for one in behind],
+    )
+
+
+async def began_ms(server: Server, tenants: Sequence[str]) -> int | None:
+    """When the first entry of all that are there was recorded; None where nothing is."""
+    return await _oldest_ms(server, [(tenant, "-") for tenant in tenants])
+
+
+async def _oldest_ms(server: Server, begins: Sequence[tuple[str, str]]) -> int | None:
+    """When the oldest of the first entries was recorded, each tenant's from an id on."""
     asked = []
-    for one in behind:
-        stream, begin = keys.decisions(one.tenant), f"({one.folded.entry_id}" if one.folded else "-"
+    for tenant, begin in begins:
+        stream = keys.decisions(tenant)
         asked.append((stream, pack("XRANGE", stream, begin, "+", "COUNT", 1)))
     replies = await server.exchange_each(asked)
     denied = next((one for one in replies if isinstance(one, redis_errors.NoPermissionError)), None)
