@@ -175,12 +175,14 @@ def test_witness_serves_and_sealer_runs(owner, spawn, tmp_path):
     """Both long commands say when they are ready, work together, and end on SIGTERM with 0."""
     key, data = tmp_path / "w.key", tmp_path / "w"
     data.mkdir()
-    public = run(None, "keys", "new", "--deployment", "w.example/w1", "-o", key)
+    public = run(None, "keys", "new", "--deployment", "w.example/w1", "-o", key, "--witness")
     assert public.code == 0
     argv = [*GOVLEDGER, "witness", "serve", "--key-file", key, "--log", owner.key]
     argv += ["--data", data, "--port", "0", "--json"]
     witness = spawn(argv, stdout=subprocess.PIPE, env=environment(None))
-    place = json.loads(witness.stdout.readline())["witness"]
+    told = json.loads(witness.stdout.readline())
+    place = told["witness"]
+    assert (told["key"], f"{told['key']}@{told['url']}") == (public.out.strip(), place)
     argv = [*GOVLEDGER, "seal", "--key-file", owner.key_file, "--anchor", owner.anchor]
     argv += ["--witness", place, "--json"]
     sealer = spawn(argv, stdout=subprocess.PIPE, env=environment(owner.url))
