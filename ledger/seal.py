@@ -435,8 +435,8 @@ class Sealer:
                 last.facts["sealed"] = done
                 raise last
         finally:
-            for tenant, error in refused.items():
-                _log.error("tenant %s: not sealed: %s", tenant, error)
+            for tenant, why in refused.items():
+                _log.error("tenant %s: not sealed: %s", tenant, why)
         return done
 
     async def _seal_safely(self, tenant: str) -> None:

@@ -140,9 +140,9 @@ def test_without_the_extra_nothing_is_started(tmp_path, monkeypatch):
     """Where prometheus-client is missing, the command says so before it starts a server."""
     monkeypatch.setitem(sys.modules, "prometheus_client", None)
     monkeypatch.delitem(sys.modules, "ledger.service.metrics")
+    monkeypatch.chdir(tmp_path)
     for words in (["dev", "--data", "data"], ["project", "--once", "--url", "embedded:///data"]):
         with pytest.raises(errors.InvalidInput, match="prometheus-client") as refused:
-            monkeypatch.chdir(tmp_path)
             app([*words, "--metrics-port", "0"], standalone_mode=False)
         assert refused.value.hint == "pip install 'govledger[metrics]'"
     assert list(tmp_path.iterdir()) == []

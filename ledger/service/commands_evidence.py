@@ -154,7 +154,7 @@ def keys_new(
     key = SigningKey.generate(deployment)
     write_key(output, key)
     kind = {"kind": COSIGNATURE} if witness else {}
-    _print_key(str(key.verifier(**kind)), as_json=as_json)
+    _print_key(str(key.verifier(None, **kind)), as_json=as_json)
 
 
 @keys_app.command(

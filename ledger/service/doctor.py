@@ -627,7 +627,9 @@ def jobs(seen: Seen) -> Result:
         found = f"failed at their last run: {', '.join(failed)} ({reason})"
         return Result("jobs", "warning", found, meaning, f"govledger jobs {failed[0]}")
     off = [job for job, one in seen.settings.govledger_jobs.items() if not one.enabled]
-    return Result("jobs", "ok", "each that was due has run" + (f"; off: {', '.join(off)}" if off else ""))
+    return Result(
+        "jobs", "ok", "each that was due has run" + (f"; off: {', '.join(off)}" if off else "")
+    )
 
 
 def _was_there(seen: Seen, time_ms: float) -> bool:

@@ -299,8 +299,8 @@ def _check_begun(to: Target, tenants: Sequence[PlannedTenant]) -> None:
     if oldest_ms is not None and to.to_ms < oldest_ms:
         raise errors.InvalidInput(
             f"to: nothing was recorded by {iso_ms(to.to_ms)}",
-            hint=f"the oldest entry of this backup was recorded at {iso_ms(oldest_ms)}: that is the "
-            "oldest possible time",
+            hint=f"the oldest entry of this backup was recorded at {iso_ms(oldest_ms)}: that is "
+            "the oldest possible time",
         )
 
 
