@@ -17,7 +17,8 @@ from ledger.ledger import Ledger
 from ledger.server import Server, pack
 from ledger.service.inspection import scan, server_now_ms
 from projections.registry import configured
-from projections.store import BUCKETS
+from projections.snapshots import key_of, list_key, parse_list
+from projections.store import BUCKETS, REBUILD
 
 __all__ = ["Cleanup"]
 
@@ -104,7 +105,9 @@ class Cleanup:
     # -- fold state -------------------------------------------------------------------------------
 
     async def _retired(self, tenant: str) -> int:
-        """Folds of versions below the active one, and below what this release folds."""
+        """Folds of versions below the one that readers take and below what this release folds, with
+        their snapshots, and what they could not fold. Nobody folds them any further.
+        """
         active = await self._server.command(
             keys.projection_active(tenant), "HGETALL", keys.projection_active(tenant)
         )
@@ -114,16 +117,32 @@ class Cleanup:
             if kept is None:
                 continue
             for version in range(1, min(kept, one.version)):
-                key = keys.projection(tenant, one.name, version)
-                if await self._server.command(key, "EXISTS", key):
-                    buckets = (
-                        keys.projection_bucket(tenant, one.name, version, bucket)
-                        for bucket in range(BUCKETS)
-                    )
-                    count += await unlink(
-                        self._server, key, [one.encode() for one in (key, *buckets)]
-                    )
+                count += await self._discard(tenant, one.name, version)
         return count
+
+    async def _discard(self, tenant: str, name: str, version: int) -> int:
+        count, live = 0, keys.projection(tenant, name, version)
+        for rebuild in (False, True):
+            fold = f"{live}:{REBUILD}" if rebuild else live
+            listed = list_key(tenant, name, version, rebuild=rebuild)
+            if not await self._server.command(fold, "EXISTS", fold, listed):
+                continue
+            kept = parse_list(await self._server.command(listed, "HGETALL", listed))
+            parts = [f"{fold}:{bucket}" for bucket in range(BUCKETS)]
+            parts += [key_of(listed, one.seq) for one in kept]
+            # The two that lead to the others last: who is killed here is followed by who finds them.
+            some = [*parts, fold, listed]
+            count += await unlink(self._server, live, [one.encode() for one in some])
+        if count:
+            await self._forget_quarantined(tenant, f"{name}@{version}:".encode())
+        return count
+
+    async def _forget_quarantined(self, tenant: str, prefix: bytes) -> None:
+        key = keys.projection_quarantine(tenant)
+        fields = await self._server.command(key, "HKEYS", key)
+        gone = [field for field in fields if field.startswith(prefix)]
+        for start in range(0, len(gone), UNLINK_AT_ONCE):
+            await self._server.command(key, "HDEL", key, *gone[start : start + UNLINK_AT_ONCE])
 
     async def _forgotten_runs(self) -> int:
         """Job runs whose process was killed before it could say how they ended."""
