@@ -130,7 +130,7 @@ class Cleanup:
             kept = parse_list(await self._server.command(listed, "HGETALL", listed))
             parts = [f"{fold}:{bucket}" for bucket in range(BUCKETS)]
             parts += [key_of(listed, one.seq) for one in kept]
-            # The two that lead to the others last: who is killed here is followed by who finds them.
+            # Those that lead to the others last: after a kill here the next cleanup finds them.
             some = [*parts, fold, listed]
             count += await unlink(self._server, live, [one.encode() for one in some])
         if count:
