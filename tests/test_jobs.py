@@ -214,6 +214,17 @@ async def test_a_snapshot_under_way_is_left_to_end(fresh_server, tenant):
         assert await take_snapshot(ledger.server) is None
 
 
+async def test_a_backups_snapshot_waits_out_anothers(fresh_server, tenant):
+    """What a backup takes was begun after it was asked for, whatever save was under way."""
+    own = fresh_server()
+    async with Ledger.connect(own.url) as ledger:
+        await ledger.append(tenant, escalation("d"))
+        own.cli("CONFIG", "SET", "rdb-key-save-delay", 20_000)
+        own.cli("BGSAVE")
+        assert await take_snapshot(ledger.server, wait_out=True) is not None
+        assert own.cli("INFO", "persistence")["rdb_saves"] == 2
+
+
 async def test_a_snapshot_waits_for_a_rewrite(fresh_server, server, tenant):
     """While the append-only file is rewritten BGSAVE is refused; the job waits and then saves."""
     own = fresh_server(server.kind)
@@ -380,7 +391,7 @@ async def test_unlink_refuses_the_whole_batch(ledger, tenant):
     stale = f"{keys.MEMORY_STALE}x"
     await ledger.server.command(stale, "SET", stale, "1")
     with pytest.raises(errors.JobFailed, match="no key that a cleanup may delete"):
-        await unlink(ledger.server, "", [stale.encode(), keys.decisions(tenant).encode()])
+        await unlink(ledger.server, [stale.encode(), keys.decisions(tenant).encode()])
     assert await ledger.server.command(stale, "EXISTS", stale) == 1
 
 
@@ -514,9 +525,11 @@ async def test_jobs_work_on_a_cluster(cluster, tenant):
         for n in range(20):
             key = f"{keys.MEMORY_STALE}{n}"
             await ledger.server.command(key, "SET", key, "1")
+        odd = f"{keys.MEMORY_STALE}\udcff"  # a name that is no UTF-8
+        await ledger.server.command(odd, "SET", odd.encode(errors="surrogateescape"), "1")
         context = JobContext(ledger)
         assert (await JOBS["expire"](context))["expired"] >= 1
-        assert (await JOBS["cleanup"](context))["stale"] == 20
+        assert (await JOBS["cleanup"](context))["stale"] == 21
         assert len((await JOBS["snapshot"](context))["nodes"]) == 3
         assert len((await JOBS["health"](context))["nodes"]) == 3
         assert (await ledger.get(tenant, "expire:d")).type == "escalation.resolved"

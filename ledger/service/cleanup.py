@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import aclosing
 from typing import Any, Final
 
 import orjson
 
 from ledger import errors, keys
 from ledger.ledger import Ledger
-from ledger.server import Server, pack
-from ledger.service.inspection import scan, server_now_ms
+from ledger.server import Server
+from ledger.service.inspection import server_now_ms
 from projections.registry import configured
 from projections.snapshots import key_of, list_key, parse_list
 from projections.store import BUCKETS, REBUILD
@@ -55,8 +56,9 @@ class Cleanup:
 
     async def _stale(self) -> int:
         count = 0
-        async for node, some in scan(self._server, f"{keys.MEMORY_STALE}*"):
-            count += await unlink(self._server, node, some)
+        async with aclosing(self._server.scan(f"{keys.MEMORY_STALE}*")) as pages:
+            async for page in pages:
+                count += await unlink(self._server, page)
         return count
 
     # -- published state --------------------------------------------------------------------------
@@ -68,19 +70,19 @@ class Cleanup:
         orphaned, expiring = 0, 0
         for name in sorted({one.name for one in self._projections} | {"agent"}):
             suffix = "agent:*" if name == "agent" else f"{name}:state"
-            async for node, some in scan(self._server, f"{keys.MEMORY}:*:{suffix}"):
-                ours = await self._ours(node, some)
-                known = {key: _tenant_of(key) for key in ours}
-                lost = [key for key, tenant in known.items() if tenant not in tenants]
-                gone = [key for key in lost if not await self._has_ledger(known[key])]
-                orphaned += await unlink(self._server, node, gone)
-                expiring += await self._expire(node, [key for key in ours if key not in gone])
+            async with aclosing(self._server.scan(f"{keys.MEMORY}:*:{suffix}")) as pages:
+                async for page in pages:
+                    ours = await self._ours(page)
+                    known = {key: _tenant_of(key) for key in ours}
+                    lost = [key for key, tenant in known.items() if tenant not in tenants]
+                    gone = [key for key in lost if not await self._has_ledger(known[key])]
+                    orphaned += await unlink(self._server, gone)
+                    expiring += await self._expire([key for key in ours if key not in gone])
         return {"orphaned": orphaned, "given_a_ttl": expiring}
 
-    async def _ours(self, node: str, some: Sequence[bytes]) -> list[bytes]:
+    async def _ours(self, some: Sequence[bytes]) -> list[bytes]:
         """Those that a projector has published: anybody may keep other values under such names."""
-        asked = [pack("GETRANGE", key, -_ENVELOPE_TAIL_BYTES, -1) for key in some]
-        replies = await self._server.exchange(node, asked, len(asked))
+        replies = await self._server.on_each(some, "GETRANGE", then=(-_ENVELOPE_TAIL_BYTES, -1))
         return [
             key
             for key, reply in zip(some, replies, strict=True)
@@ -95,11 +97,10 @@ class Cleanup:
         there = (stream, keys.head(tenant), keys.index(tenant))
         return bool(await self._server.command(stream, "EXISTS", *there))
 
-    async def _expire(self, node: str, some: Sequence[bytes]) -> int:
-        if not self._ttl_seconds or not some:
+    async def _expire(self, some: Sequence[bytes]) -> int:
+        if not self._ttl_seconds:
             return 0
-        asked = [pack("EXPIRE", key, self._ttl_seconds, "NX") for key in some]
-        replies = await self._server.exchange(node, asked, len(asked))
+        replies = await self._server.on_each(some, "EXPIRE", then=(self._ttl_seconds, "NX"))
         return sum(int(self._server.checked(reply)) for reply in replies)
 
     # -- fold state -------------------------------------------------------------------------------
@@ -132,7 +133,7 @@ class Cleanup:
             parts += [key_of(listed, one.seq) for one in kept]
             # Those that lead to the others last: after a kill here the next cleanup finds them.
             some = [*parts, fold, listed]
-            count += await unlink(self._server, live, [one.encode() for one in some])
+            count += await unlink(self._server, [one.encode() for one in some])
         if count:
             await self._forget_quarantined(tenant, f"{name}@{version}:".encode())
         return count
@@ -154,8 +155,8 @@ class Cleanup:
         return len(gone)
 
 
-async def unlink(server: Server, node: str, some: Sequence[bytes]) -> int:
-    """Deletes keys that a cleanup may delete, from the node of the key `node`; how many were there.
+async def unlink(server: Server, some: Sequence[bytes]) -> int:
+    """Deletes keys that a cleanup may delete; how many were there.
 
     Raises:
         JobFailed: one of them is not to be deleted; then none of them was.
@@ -168,8 +169,7 @@ async def unlink(server: Server, node: str, some: Sequence[bytes]) -> int:
         )
     count = 0
     for start in range(0, len(some), UNLINK_AT_ONCE):
-        asked = [pack("UNLINK", key) for key in some[start : start + UNLINK_AT_ONCE]]
-        replies = await server.exchange(node, asked, len(asked))
+        replies = await server.on_each(some[start : start + UNLINK_AT_ONCE], "UNLINK")
         count += sum(int(server.checked(reply)) for reply in replies)
     return count
 

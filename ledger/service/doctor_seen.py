@@ -10,6 +10,7 @@ import os
 import re
 import time
 from collections.abc import Awaitable
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Final, TypeVar
 from urllib.parse import parse_qs, urlsplit
@@ -27,7 +28,6 @@ from ledger.service.inspection import (
     info,
     oldest_unfolded_ms,
     ping_ms,
-    scan,
     server_now_ms,
     standings,
 )
@@ -287,9 +287,10 @@ async def _quarantined(server: Server, seen: Seen) -> dict[str, int]:
 
 async def _streams(server: Server) -> set[str]:
     found = set[str]()
-    async for _, some in scan(server, f"{keys.LEDGER}:{{*}}:governance:decisions"):
-        names = (match[1] for key in some if (match := _STREAM.fullmatch(key)))
-        found.update(name.decode(errors="backslashreplace") for name in names)
+    async with aclosing(server.scan(f"{keys.LEDGER}:{{*}}:governance:decisions")) as pages:
+        async for page in pages:
+            names = (match[1] for key in page if (match := _STREAM.fullmatch(key)))
+            found.update(name.decode(errors="backslashreplace") for name in names)
     return found
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -26,13 +26,11 @@ __all__ = [
     "number",
     "oldest_unfolded_ms",
     "ping_ms",
-    "scan",
     "server_now_ms",
     "standings",
 ]
 
 TENANTS_A_CALL: Final = 500
-SCAN_COUNT: Final = 1000
 _ENVELOPE_TAIL_BYTES: Final = 600
 
 
@@ -64,22 +62,6 @@ def number(fields: dict[str, str], name: str) -> int:
         return int(float(fields.get(name, "0")))
     except (OverflowError, ValueError):
         return 0
-
-
-async def scan(server: Server, pattern: str) -> AsyncIterator[tuple[str, list[bytes]]]:
-    """The keys that match, a batch at a time, of every primary, with a key that leads there; some
-    may come twice.
-    """
-    for node in server.primary_keys():
-        cursor = b"0"
-        while True:
-            cursor, found = await server.command(
-                node, "SCAN", cursor, "MATCH", pattern, "COUNT", SCAN_COUNT
-            )
-            if found:
-                yield node, found
-            if cursor == b"0":
-                break
 
 
 # -- tenants -------------------------------------------------------------------------------------
