@@ -9,14 +9,14 @@ from datetime import UTC, datetime
 from typing import Any, Final
 
 import orjson
-from redis import exceptions as redis_errors
 
 from ledger import errors, keys
 from ledger.ledger import Ledger
 from ledger.server import Server, pack
-from ledger.stream import Head, Position, head_command, parse_head, split_id
+from ledger.stream import Head, Position, head_command, parse_head
 from projections.projection import Projection
 from projections.registry import configured
+from projections.status import committed_position, first_recorded_ms
 
 __all__ = [
     "Standing",
@@ -139,7 +139,7 @@ def _standings_of(
         folded, published_ms, published_seq = None, None, None
         try:
             raw = server.checked(position)
-            folded = _position(raw)
+            folded = committed_position(raw)
             published_ms, published_seq = _published(server.checked(tail))
         except errors.ServerError as error:
             problem = problem or str(error)
@@ -150,15 +150,6 @@ def _standings_of(
         )
         standing.problem = problem or _rolled_back(standing)
         found.append(standing)
-    return found
-
-
-def _position(raw: bytes | None) -> Position | None:
-    """ValueError for what is no position."""
-    if raw is None:
-        return None
-    found = Position.parse(raw.decode())
-    split_id(found.entry_id)
     return found
 
 
@@ -210,29 +201,15 @@ async def oldest_unfolded_ms(server: Server, found: Sequence[Standing]) -> int |
     everything is folded. Tenants with a problem of their own are left out.
     """
     behind = [one for one in found if one.behind and one.problem is None]
-    return await _oldest_ms(
-        server,
-        [(one.tenant, f"({one.folded.entry_id}" if one.folded else "-") for one in behind],
-    )
+    begins = [(one.tenant, one.folded.entry_id if one.folded else None) for one in behind]
+    firsts = await first_recorded_ms(server, begins)
+    return min((ms for ms in firsts if ms is not None), default=None)
 
 
 async def began_ms(server: Server, tenants: Sequence[str]) -> int | None:
     """When the first entry of all that are there was recorded; None where nothing is."""
-    return await _oldest_ms(server, [(tenant, "-") for tenant in tenants])
-
-
-async def _oldest_ms(server: Server, begins: Sequence[tuple[str, str]]) -> int | None:
-    """When the oldest of the first entries was recorded, each tenant's from an id on."""
-    asked = []
-    for tenant, begin in begins:
-        stream = keys.decisions(tenant)
-        asked.append((stream, pack("XRANGE", stream, begin, "+", "COUNT", 1)))
-    replies = await server.exchange_each(asked)
-    denied = next((one for one in replies if isinstance(one, redis_errors.NoPermissionError)), None)
-    server.checked(denied)
-    # What is no stream has no entries; whoever folds or appends there names it.
-    entries = [one for one in replies if isinstance(one, list) and one]
-    return min((split_id(one[0][0])[0] for one in entries), default=None)
+    firsts = await first_recorded_ms(server, [(tenant, None) for tenant in tenants])
+    return min((ms for ms in firsts if ms is not None), default=None)
 
 
 async def server_now_ms(server: Server, key: str = "") -> int:
