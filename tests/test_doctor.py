@@ -12,15 +12,10 @@ import pytest
 
 from ledger import Decision, Ledger, keys, load_settings
 from ledger.server import LIBRARY_VERSION, NodeSettings
-from ledger.service.doctor import (
-    LEDGER_CHECKS,
-    NODE_CHECKS,
-    SERVER_CHECKS,
-    examine,
-    judge,
-    report_lines,
-    worst,
-)
+from ledger.service.doctor import examine, judge, report_lines, worst
+from ledger.service.doctor_access import SERVER_CHECKS
+from ledger.service.doctor_ledger import LEDGER_CHECKS
+from ledger.service.doctor_nodes import NODE_CHECKS
 from ledger.service.doctor_seen import Node, Seen, look
 from ledger.service.runs import Run
 from ledger.settings import DEFAULT_JOBS
