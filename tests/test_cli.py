@@ -518,20 +518,6 @@ def test_project_and_state(valkey, tenant):
     assert (late.code, late.error["error"]) == (1, "NotCaughtUp")
 
 
-def test_a_damaged_position_is_named(valkey, tenant):
-    """What somebody wrote over a fold's position is shown as that, and the next fold mends it."""
-    run(valkey.url, "append", tenant, stdin=decisions(1))
-    run(valkey.url, "project", "--once")
-    valkey.cli("HSET", keys.projection(tenant, "governance", 1), "position", "x")
-    shown = run(valkey.url, "projections", tenant, "--json")
-    assert shown.code == 0, shown.err
-    (found,) = [one for one in shown.lines if one["projection"] == "governance"]
-    assert (found["stopped"], found["position"]) == ("damaged", None)
-    assert run(valkey.url, "project", "--once").code == 0
-    shown = run(valkey.url, "projections", tenant, "--json")
-    assert [one["stopped"] for one in shown.lines] == [None] * len(shown.lines)
-
-
 def test_rebuild_folds_anew(valkey, tenant):
     """`rebuild` folds a tenant from its first entry and publishes the result."""
     assert run(valkey.url, "append", tenant, stdin=decisions(5)).code == 0
