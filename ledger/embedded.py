@@ -25,7 +25,8 @@ does not reach them. A server that dies while it has users stays down until one 
 
 The server binds its socket by a relative name, so a long path is no obstacle to it. Clients need
 an absolute name of about 100 bytes: a longer directory gets a short symbolic link, in a directory
-of ours (0700, checked) under the temporary directory.
+of ours (0700, checked) under the temporary directory. Who ends the server removes the link that it
+knows, while `users.lock` keeps newcomers out; each user makes it again.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ _START_HINTS = (
 )
 
 
-# What a keeper runs, after the words: keeper DATA_DIR PACKAGE_DIR LINGER_S FD…
+# What a keeper runs, after the words: keeper DATA_DIR PACKAGE_DIR SOCKET_PATH LINGER_S FD…
 # The package is an empty one, so that neither its imports nor the environment can weigh the keeper
 # down or break it; this module needs the standard library and `ledger.errors` alone.
 _KEEPER_PROGRAM = (
@@ -105,7 +106,7 @@ _KEEPER_PROGRAM = (
     "package = sys.modules['ledger'] = types.ModuleType('ledger');"
     "package.__path__ = [sys.argv[3]];"
     "from ledger.embedded import _run_keeper;"
-    "_run_keeper(float(sys.argv[4]), [int(fd) for fd in sys.argv[5:]])"
+    "_run_keeper(sys.argv[2], sys.argv[4], float(sys.argv[5]), [int(fd) for fd in sys.argv[6:]])"
 )
 
 
@@ -241,7 +242,7 @@ class EmbeddedServer:
             try:
                 os.utime(users_fd)
                 if self._directory_is_the_same(users_fd):
-                    _introduce(_ensure_keeper(self.data_dir, self._linger_s), self.socket_path)
+                    _introduce(self._ensure_keeper(), self.socket_path)
             finally:
                 os.close(users_fd)
 
@@ -257,6 +258,7 @@ class EmbeddedServer:
                 return
             try:
                 _shut_down(self.data_dir, self.socket_path)
+                _remove_link(self.data_dir, self.socket_path)
             finally:
                 os.close(users_fd)
 
@@ -273,9 +275,13 @@ class EmbeddedServer:
             return False
         return os.path.samestat(there, os.fstat(users_fd))
 
+    def _ensure_keeper(self) -> socket.socket | None:
+        return _ensure_keeper(self.data_dir, self.socket_path, self._linger_s)
+
     def _bring_up(self, deadline_s: float) -> None:
+        _socket_path(self.data_dir)  # the link may have gone since: with a `stop`, or by a cleaner
         # The keeper comes first, so that no moment leaves a server without one.
-        keeper = _ensure_keeper(self.data_dir, self._linger_s)
+        keeper = self._ensure_keeper()
         try:
             info = self._wait_ready(deadline_s)
         finally:
@@ -401,6 +407,12 @@ def _point_link(link: Path, directory: Path) -> None:
     fresh = link.with_name(f"{link.name}.{uuid.uuid4().hex}")
     fresh.symlink_to(directory)
     fresh.replace(link)
+
+
+def _remove_link(directory: Path, socket_path: Path) -> None:
+    """Remove the short link to a long directory, whose server has ended."""
+    if (link := socket_path.parent) != directory:
+        link.unlink(missing_ok=True)
 
 
 def _open_private(path: str, flags: int) -> int:
@@ -639,7 +651,7 @@ def _shut_down(directory: Path, socket_path: Path) -> None:
     os.close(lock_fd)
 
 
-def _ensure_keeper(directory: Path, linger_s: float) -> socket.socket | None:
+def _ensure_keeper(directory: Path, socket_path: Path, linger_s: float) -> socket.socket | None:
     """Start a keeper if there is none; return the channel to the one started."""
     lock_fd = _try_lock(directory / _KEEPER_LOCK, fcntl.LOCK_EX)
     if lock_fd is None:
@@ -650,7 +662,8 @@ def _ensure_keeper(directory: Path, linger_s: float) -> socket.socket | None:
         # Opened here: the directory may be removed before the keeper has got as far.
         fds += [_open_lock(directory / name) for name in (_USERS_LOCK, _SERVER_LOCK)]
         inherited = [*fds, theirs.fileno()]
-        words = ["keeper", str(directory), str(Path(__file__).parent), str(linger_s)]
+        words = ["keeper", str(directory), str(Path(__file__).parent)]
+        words += [str(socket_path), str(linger_s)]
         argv = [sys.executable, "-I", "-S", "-c", _KEEPER_PROGRAM, *words, *map(str, inherited)]
         _spawn_detached(argv, directory, inherited)
     except BaseException:
@@ -825,9 +838,10 @@ def _not_ready(directory: Path, timeout_s: float, info: _ServerInfo | None) -> E
     )
 
 
-def _run_keeper(linger_s: float, fds: list[int]) -> None:
+def _run_keeper(directory: str, socket_path: str, linger_s: float, fds: list[int]) -> None:
     keeper = _Keeper(linger_s, fds)
     try:
         keeper.run()
+        _remove_link(Path(directory), Path(socket_path))
     finally:
         keeper.close()

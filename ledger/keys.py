@@ -309,16 +309,17 @@ def job_history(job: str) -> str:
     return f"{LEDGER}:_:jobs:history:{job}"
 
 
-_PROJECTION_KEY = re.compile(
+_FOLD_KEY = re.compile(
     re.escape(LEDGER.encode())
-    + rb":\{[A-Za-z0-9][A-Za-z0-9._-]{0,63}\}:projection:[A-Za-z0-9_-]{1,64}@\d{1,9}(:\d{1,4})?"
+    + rb":\{[A-Za-z0-9][A-Za-z0-9._-]{0,63}\}:(projection|snapshot):[A-Za-z0-9_-]{1,64}@\d{1,9}"
+    rb"(:rebuild)?(:\d{1,16})?"
 )
 
 
 def is_disposable(key: bytes) -> bool:
-    """Whether a cleanup may delete the key at all: memory keys, and fold state of a projection.
+    """Whether a cleanup may delete the key at all: memory keys, a projection's fold and snapshots.
 
     No stream, index, head, evidence or registry ever is, whatever a pattern or a name says.
     """
     in_memory_store = key.startswith(f"{MEMORY}:".encode())
-    return in_memory_store or _PROJECTION_KEY.fullmatch(key) is not None
+    return in_memory_store or _FOLD_KEY.fullmatch(key) is not None

@@ -289,21 +289,19 @@ class MemoryService:
                 fresh = [one for one in page if one.startswith(_PREFIX) and one not in seen]
                 if dry_run:
                     seen.update(fresh)
-                sizes = await _each(server, fresh, "MEMORY", "USAGE")
+                sizes = await _checked_each(server, fresh, "MEMORY", "USAGE")
                 gone = (
                     [size is not None for size in sizes]
                     if dry_run
-                    else await _each(server, fresh, "UNLINK")
+                    else await _checked_each(server, fresh, "UNLINK")
                 )
                 count += sum(map(bool, gone))
                 freed += sum(size or 0 for size, was in zip(sizes, gone, strict=True) if was)
         return CleanedUp(count, freed)
 
 
-async def _each(server: Server, found: Iterable[bytes], *command: str) -> list[Any]:
-    """One command for each key, in one round trip a node."""
-    asked = [(one.decode(errors="surrogateescape"), pack(*command, one)) for one in found]
-    return [server.checked(reply) for reply in await server.exchange_each(asked)]
+async def _checked_each(server: Server, found: Iterable[bytes], *words: str) -> list[Any]:
+    return [server.checked(reply) for reply in await server.on_each(found, *words)]
 
 
 # -- what is valid ------------------------------------------------------------------------------

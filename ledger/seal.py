@@ -417,21 +417,26 @@ class Sealer:
         Raises:
             Unavailable: the server cannot be asked.
             LedgerError: a tenant could not be sealed, and why; the others were, and are in the
-                error's `facts["sealed"]`.
+                error's `facts["sealed"]`. Where several could not, this is the last one's, and
+                the log has the others'.
         """
         done: list[Sealed] = []
-        refused: errors.LedgerError | None = None
-        for tenant in tenants or list(await self._behind()):
-            try:
-                done.append(await self.seal(tenant))
-            except (errors.Unavailable, errors.InvalidSetting):
-                raise
-            except errors.LedgerError as error:
-                _log.error("tenant %s: not sealed: %s", tenant, error)
-                refused = error
-        if refused:
-            refused.facts["sealed"] = done
-            raise refused
+        refused: dict[str, errors.LedgerError] = {}
+        try:
+            for tenant in tenants or list(await self._behind()):
+                try:
+                    done.append(await self.seal(tenant))
+                except (errors.Unavailable, errors.InvalidSetting):
+                    raise
+                except errors.LedgerError as error:
+                    refused[tenant] = error
+            if refused:
+                _, last = refused.popitem()
+                last.facts["sealed"] = done
+                raise last
+        finally:
+            for tenant, why in refused.items():
+                _log.error("tenant %s: not sealed: %s", tenant, why)
         return done
 
     async def _seal_safely(self, tenant: str) -> None:

@@ -12,7 +12,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -282,6 +282,15 @@ class Server:
                 replies[i] = reply
         return replies
 
+    async def on_each(
+        self, found: Iterable[bytes], *words: str, then: Sequence[str | int] = ()
+    ) -> list[Reply]:
+        """One command for each key, as `exchange_each`: the words, the key, then what is behind it;
+        keys of any bytes.
+        """
+        asked = [(one.decode(errors="surrogateescape"), pack(*words, one, *then)) for one in found]
+        return await self.exchange_each(asked)
+
     async def scan(self, pattern: str) -> AsyncGenerator[list[bytes], None]:
         """Pages of the keys that match a glob, from each primary, by SCAN: every key that is there
         all the while, some perhaps twice. Where a connection broke it begins anew, since a cursor
@@ -412,7 +421,7 @@ class Server:
         if self._cluster is None:
             raise errors.ServerUnreachable(f"{self.address}: the connection is closed")
         try:
-            node = self._cluster.get_node_from_key(key) if key else self._cluster.get_default_node()
+            node = self._node_of(key) if key else self._cluster.get_default_node()
         except _CLUSTER_ERRORS as error:
             raise translate(error, self.address) from error
         if node is None:
@@ -517,10 +526,13 @@ class Server:
     )
 
     def _node_name(self, key: str) -> str:
-        if self._cluster:
-            node = self._cluster.get_node_from_key(key)
-            return str(node.name) if node else ""
-        return ""
+        node = self._node_of(key) if self._cluster else None
+        return str(node.name) if node else ""
+
+    def _node_of(self, key: str) -> ClusterNode | None:
+        assert self._cluster is not None
+        raw = key.encode(errors="surrogateescape")  # of any bytes: text must be UTF-8 there
+        return self._cluster.get_node_from_key(raw)  # type: ignore[arg-type]
 
     def known_settings(self, key: str) -> NodeSettings | None:
         """The settings of the node of `key` where they are known and fresh."""

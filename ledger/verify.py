@@ -20,7 +20,14 @@ import orjson
 
 from ledger import keys
 from ledger.anchor import AnchorFile, Chain, checkpoints_of, goes_back, read_notes
-from ledger.errors import InvalidInput, LedgerError, NotProved, ServerError, Unavailable
+from ledger.errors import (
+    InvalidInput,
+    InvalidSetting,
+    LedgerError,
+    NotProved,
+    ServerError,
+    Unavailable,
+)
 from ledger.leaf import leaf_hasher
 from ledger.ledger import Ledger
 from ledger.merkle import EMPTY_ROOT, TILE_WIDTH, TileTree, cover, range_hash
@@ -104,6 +111,7 @@ def read_anchor(anchor: str | Path, origin: str, trusted: Sequence[VerifierKey])
     URL; blocks.
 
     Raises:
+        InvalidSetting: there is no such file or directory.
         NotProved: there is no valid checkpoint of this log; the reason says why.
         WitnessUnavailable: the witness does not answer.
     """
@@ -113,6 +121,12 @@ def read_anchor(anchor: str | Path, origin: str, trusted: Sequence[VerifierKey])
         notes = [found] if found else []
         return _anchored(Chain(origin, tuple(trusted)), text, lambda: iter(notes))
     path = Path(text)
+    if not path.exists():
+        raise InvalidSetting(
+            f"anchor: there is no file or directory {path}",
+            hint="name the directory that `govledger seal` writes to (--anchor, GOVLEDGER_ANCHOR), "
+            "and see that its disk is mounted",
+        )
     file = AnchorFile(path, origin) if path.is_dir() else AnchorFile.at(path)
 
     def read() -> Iterator[Note]:
@@ -174,7 +188,7 @@ async def verify(
 
     Raises:
         Unavailable: the ledger or a witness cannot be asked.
-        InvalidInput: the key is no log's.
+        InvalidInput: the key is no log's, or there is no such anchor.
     """
     log_key = key.for_log(tenant)
     if str(anchor).startswith(_URLS) and not witnesses:

@@ -55,7 +55,7 @@ async def fold_to(
         names: the entities that are wanted beside `state`.
 
     Raises:
-        InvalidInput: the time has no zone.
+        InvalidInput: `as_of` is neither a seq nor a time with a zone.
         NotFound: nothing had been recorded by then, or the head has not come that far.
         EntriesMissing, IndexBehind, LedgerRolledBack: as `Ledger.replay`.
     """
@@ -175,10 +175,16 @@ class PastStore(FoldStore):
 
 
 def _ms(as_of: int | datetime) -> int | None:
-    if isinstance(as_of, int):
+    given: object = as_of  # callers without types
+    if isinstance(given, int) and not isinstance(given, bool):
         return None
-    if as_of.tzinfo is None:
+    if not isinstance(given, datetime):
         raise errors.InvalidInput(
-            f"as_of: {as_of} has no time zone", hint="give it one, such as 2026-03-03T12:00:00Z"
+            f"as_of: {ascii(given)[:80]} is neither a seq nor a time",
+            hint="give an int (a seq) or a datetime with a time zone",
         )
-    return int(as_of.timestamp() * 1000)
+    if given.tzinfo is None:
+        raise errors.InvalidInput(
+            f"as_of: {given} has no time zone", hint="give it one, such as 2026-03-03T12:00:00Z"
+        )
+    return int(given.timestamp() * 1000)

@@ -127,6 +127,8 @@ class StateReader:
             stale_ok: instead of the reader's own.
 
         Raises:
+            InvalidInput: `at_least` or `as_of` is of another type, a time without a zone, both are
+                given, or the receipt is of another tenant.
             NotFound: nothing is recorded or folded for the tenant.
             NotCaughtUp: the projector has not come to `at_least` in time.
             StateUnavailable: the reader is cut off; nothing newer than `max_stale_s` is known.
@@ -171,6 +173,7 @@ class StateReader:
     async def _governance_now(
         self, tenant: str, at_least: int | Receipt | Position | None, timeout_s: float
     ) -> GovernanceState:
+        _seq(at_least)  # of a wrong type it is refused, whatever is cached
         if isinstance(at_least, Receipt) and at_least.tenant != tenant:
             raise errors.InvalidInput(
                 f"at_least: the receipt is of tenant {at_least.tenant}, not of {tenant}"
@@ -301,6 +304,7 @@ class StateReader:
             timeout_s: how long to wait for `at_least`.
 
         Raises:
+            InvalidInput: as `governance`.
             NotFound: nothing is recorded or folded for the tenant, or no such projection.
             NotCaughtUp: the projector has not come that far in time.
         """
@@ -398,9 +402,15 @@ def _check_alone(at_least: object) -> None:
 
 
 def _seq(at_least: int | Receipt | Position | None) -> int:
-    if at_least is None or isinstance(at_least, int):
-        return at_least or 0
-    return at_least.seq
+    given: object = at_least  # callers without types
+    if isinstance(given, (Receipt, Position)):
+        return given.seq
+    if given is None or (isinstance(given, int) and not isinstance(given, bool)):
+        return given or 0
+    raise errors.InvalidInput(
+        f"at_least: {ascii(given)[:80]} is neither a seq nor a receipt",
+        hint="give an int (a seq), or what `append` returned",
+    )
 
 
 def _reaches(position: Position, at_least: int | Receipt | Position | None) -> bool:

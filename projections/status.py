@@ -7,16 +7,20 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
+from redis import exceptions as redis_errors
+
 from ledger import errors, keys
 from ledger.ledger import Ledger
-from ledger.server import pack
+from ledger.server import Server, pack
 from ledger.stream import Head, Position, head_command, parse_head, split_id
 from projections.projection import Projection
 from projections.store import FoldStore, Standing
 
-__all__ = ["Status", "statuses"]
+__all__ = ["Status", "committed_position", "first_recorded_ms", "statuses"]
 
 TENANTS_A_CALL: Final = 200
+DAMAGED: Final = b"damaged"
+"""Why a fold stands whose position cannot be read: whoever folds it next begins anew."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,19 +74,53 @@ async def _some(
         status = _status(store, server.checked(head), [server.checked(one) for one in rest])
         found.append(status)
         if status.lag_entries:
-            after = status.position.entry_id if status.position else "0-0"
-            stream = keys.decisions(store.tenant)
-            first = pack("XRANGE", stream, f"({after}", "+", "COUNT", 1)
-            behind.append((len(found) - 1, stream, first))
-    firsts = await server.exchange_each([(stream, first) for _, stream, first in behind])
-    for (at, _, _), reply in zip(behind, firsts, strict=True):
-        found[at] = _with_lag(found[at], server.checked(reply))
+            after = status.position.entry_id if status.position else None
+            behind.append((len(found) - 1, store.tenant, after))
+    firsts = await first_recorded_ms(server, [(tenant, after) for _, tenant, after in behind])
+    for (at, _, _), recorded_ms in zip(behind, firsts, strict=True):
+        if recorded_ms is not None:
+            lag_s = round(max(0.0, time.time() - recorded_ms / 1000), 3)
+            found[at] = replace(found[at], lag_seconds=lag_s)
+    return found
+
+
+async def first_recorded_ms(
+    server: Server, begins: Sequence[tuple[str, str | None]]
+) -> list[int | None]:
+    """When each tenant's first entry behind an id, or of all, was recorded, by the ledger's clock
+    in ms since 1970; None where there is none. What is no stream has no entries: whoever folds or
+    appends there names it.
+
+    Raises:
+        PermissionDenied: this user may not read one of the streams.
+    """
+    asked = []
+    for tenant, after in begins:
+        stream, begin = keys.decisions(tenant), f"({after}" if after else "-"
+        asked.append((stream, pack("XRANGE", stream, begin, "+", "COUNT", 1)))
+    replies = await server.exchange_each(asked)
+    denied = next((one for one in replies if isinstance(one, redis_errors.NoPermissionError)), None)
+    server.checked(denied)
+    entries = (one if isinstance(one, list) else [] for one in replies)
+    return [split_id(one[0][0])[0] if one else None for one in entries]
+
+
+def committed_position(raw: bytes | None) -> Position | None:
+    """What a fold's hash says of its position; ValueError for what is none."""
+    if raw is None:
+        return None
+    found = Position.parse(raw.decode())
+    split_id(found.entry_id)
     return found
 
 
 def _status(store: FoldStore, head_reply: Any, replies: Sequence[Any]) -> Status:
     standing, (raw, stopped), holder, quarantined = replies
-    position = Position.parse(raw.decode()) if raw else None
+    position = None
+    try:
+        position = committed_position(raw)
+    except ValueError:
+        stopped = DAMAGED
     try:
         head = parse_head(store.tenant, head_reply)
     except errors.IndexBehind as error:
@@ -101,11 +139,3 @@ def _status(store: FoldStore, head_reply: Any, replies: Sequence[Any]) -> Status
         quarantined=sum(field.startswith(prefix) for field in quarantined),
         stopped=stopped.decode() if stopped else None,
     )
-
-
-def _with_lag(status: Status, first: Sequence[Any]) -> Status:
-    if not first:
-        return status
-    recorded_ms = split_id(first[0][0])[0]
-    lag_s = round(max(0.0, time.time() - recorded_ms / 1000), 3)
-    return replace(status, lag_seconds=lag_s)

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 from contextlib import asynccontextmanager
@@ -604,12 +605,18 @@ async def test_a_point_in_time_that_is_not_there_is_refused(small, tmp_path):
     assert not (tmp_path / "d").exists()
 
 
-async def test_before_the_first_entry_there_is_no_tenant(small, tmp_path):
-    """A tenant that had nothing by the time asked for is left out, and the restore is empty."""
-    found = await restored(small, tmp_path / "data", to_ms=1000)
-    assert found == {}
-    async with private_server(tmp_path / "data") as ledger:
-        assert await ledger.tenants() == []
+@pytest.mark.parametrize("to_ms", [1000, -62_135_596_800_000])
+async def test_a_time_before_everything_is_refused(small, tmp_path, to_ms):
+    """The message has the oldest possible time, at which a restore works; nothing is made."""
+    into = tmp_path / "new" / "data"
+    with pytest.raises(errors.InvalidInput, match="to: nothing was recorded by") as refused:
+        await restored(small, into, to_ms=to_ms)
+    assert not into.parent.exists()
+    oldest = re.search(r"recorded at (\S+):", refused.value.hint)[1]
+    found = await restored(
+        small, into, to_ms=int(datetime.fromisoformat(oldest).timestamp() * 1000)
+    )
+    assert found["acgs-dev"].seq >= 1
 
 
 def test_point_in_time_by_command(small_command, tmp_path):
@@ -627,7 +634,8 @@ def test_point_in_time_by_command(small_command, tmp_path):
         assert run(None, "restore", small_command, "--into", tmp_path / "y", *arguments).code == 2
     early = datetime(2020, 1, 1, tzinfo=UTC).isoformat()
     out = run(None, "restore", small_command, "--into", tmp_path / "z", "--to", early)
-    assert (out.code, "left out" in out.err) == (0, True)
+    assert (out.code, "that is the oldest possible time" in out.err) == (2, True)
+    assert not (tmp_path / "z").exists()
 
 
 @pytest.fixture

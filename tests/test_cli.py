@@ -571,6 +571,9 @@ def test_reindex_lets_appends_in_again(valkey, tenant):
         (("state", "nobody-at-all"), "NotFound"),
         (("state", "{tenant}", "--projection", "nonsense"), "NotFound"),
         (("rebuild", "nobody-at-all"), "NotFound"),
+        (("projections", "nobody-at-all"), "NotFound"),
+        (("quarantine", "nobody-at-all"), "NotFound"),
+        (("activate", "nobody-at-all", "governance", "1"), "NotFound"),
     ],
 )
 def test_a_negative_answer_exits_with_1(shipped, args, kind):

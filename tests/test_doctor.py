@@ -12,15 +12,10 @@ import pytest
 
 from ledger import Decision, Ledger, keys, load_settings
 from ledger.server import LIBRARY_VERSION, NodeSettings
-from ledger.service.doctor import (
-    LEDGER_CHECKS,
-    NODE_CHECKS,
-    SERVER_CHECKS,
-    examine,
-    judge,
-    report_lines,
-    worst,
-)
+from ledger.service.doctor import examine, judge, report_lines, worst
+from ledger.service.doctor_access import SERVER_CHECKS
+from ledger.service.doctor_ledger import LEDGER_CHECKS
+from ledger.service.doctor_nodes import NODE_CHECKS
 from ledger.service.doctor_seen import Node, Seen, look
 from ledger.service.runs import Run
 from ledger.settings import DEFAULT_JOBS
@@ -49,10 +44,12 @@ async def folded_tenant(server: Server) -> str:
 
 
 async def test_a_good_server_has_a_clean_bill(fresh_server, server):
-    """On each kind, with a password and everything folded, nothing is worse than a note."""
+    """On each kind, with a password and everything folded, nothing is worse than a note: on a new
+    ledger no job was due.
+    """
     own = fresh_server(server.kind, password="geheim")
     await folded_tenant(own)
-    done = run(own.url, "doctor", "--json", GOVLEDGER_JOBS=NO_JOBS)
+    done = run(own.url, "doctor", "--json")
     (told,) = done.lines
     timed = ("latency", "slow log")  # which a busy machine decides
     judged = [check for check in told["checks"] if check["check"] not in timed]
@@ -300,6 +297,7 @@ def healthy() -> Seen:
         now_ms=now_ms,
         nodes=[node],
         unregistered=[],
+        began_ms=0,
         claimed_ms=dict.fromkeys(DEFAULT_JOBS, now_ms),
     )
 
@@ -371,6 +369,8 @@ def failed_run(job: str) -> Run:
         ("tls", "ok", {}, {"scheme": "redis", "local": True}),
         ("registry", "warning", {}, {"unregistered": None}),
         ("jobs", "warning", {}, {"claimed_ms": {}}),
+        ("jobs", "ok", {}, {"claimed_ms": {}, "began_ms": None}),
+        ("jobs", "warning", {}, {"claimed_ms": {}, "denied": {"streams": "no"}}),
         ("jobs", "warning", {}, {"last_runs": {"snapshot": failed_run("snapshot")}}),
         ("rights", "note", {}, {"denied": {"INFO": "no"}}),
     ],
@@ -382,6 +382,13 @@ def test_what_else_was_seen_is_judged(healthy, check, level, node, seen):
     (found,) = [result for result in judge(changed) if result.check == check]
     assert found.level == "ok" or found.meaning or found.found
     assert found.level in ("ok", "note") or found.remedy
+
+
+def test_only_what_was_due_since_the_first_entry_is_missed(healthy):
+    """A ledger of this hour without a scheduler has missed the frequent jobs, not the nightly."""
+    seen = replace(healthy, claimed_ms={}, began_ms=healthy.now_ms - 3_600_000)
+    (found,) = [result for result in judge(seen) if result.check == "jobs"]
+    assert found.found == "not run when due: expire, refresh, health"
 
 
 def test_a_failed_snapshot_that_stops_writes_is_danger(healthy):

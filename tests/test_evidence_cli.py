@@ -97,6 +97,13 @@ def test_tampering_ends_with_1_and_a_reason(owner, valkey, tmp_path):
     assert done.error["error"] == "EntriesMissing"
 
 
+def test_an_anchor_that_is_not_there_is_bad_input(owner, tmp_path):
+    """A directory or file that is absent is named, and nothing is said about the record."""
+    done = owner.run("verify", owner.tenant, "--anchor", tmp_path / "none")
+    assert (done.code, done.out) == (2, "")
+    assert f"error: anchor: there is no file or directory {tmp_path / 'none'}\nhint: " in done.err
+
+
 def test_no_anchor_says_what_is_not_proved(owner):
     """Without an anchor it ends with 1, and in so many words."""
     owner.run("seal", owner.tenant, "--once")
@@ -157,7 +164,8 @@ def test_rotation_by_command(owner, tmp_path):
     done = owner.run("keys", "rotate", owner.key_file, new)
     assert done.out == f"acme.example/prod/{owner.tenant}: handed over\n"
     owner.run("append", owner.tenant, "-", stdin=lines(21, 22))
-    assert owner.run("seal", owner.tenant, "--once").code == 4
+    refused = owner.run("seal", owner.tenant, "--once")
+    assert (refused.code, refused.err.count("was handed over to the key")) == (4, 1)
     assert owner.run("seal", owner.tenant, "--once", "--key-file", new).code == 0
     for key in (owner.key, run(None, "keys", "show", "--key-file", new).out.strip()):
         assert owner.run("verify", owner.tenant, "--key", key).code == 0
@@ -167,12 +175,14 @@ def test_witness_serves_and_sealer_runs(owner, spawn, tmp_path):
     """Both long commands say when they are ready, work together, and end on SIGTERM with 0."""
     key, data = tmp_path / "w.key", tmp_path / "w"
     data.mkdir()
-    public = run(None, "keys", "new", "--deployment", "w.example/w1", "-o", key)
+    public = run(None, "keys", "new", "--deployment", "w.example/w1", "-o", key, "--witness")
     assert public.code == 0
     argv = [*GOVLEDGER, "witness", "serve", "--key-file", key, "--log", owner.key]
     argv += ["--data", data, "--port", "0", "--json"]
     witness = spawn(argv, stdout=subprocess.PIPE, env=environment(None))
-    place = json.loads(witness.stdout.readline())["witness"]
+    told = json.loads(witness.stdout.readline())
+    place = told["witness"]
+    assert (told["key"], f"{told['key']}@{told['url']}") == (public.out.strip(), place)
     argv = [*GOVLEDGER, "seal", "--key-file", owner.key_file, "--anchor", owner.anchor]
     argv += ["--witness", place, "--json"]
     sealer = spawn(argv, stdout=subprocess.PIPE, env=environment(owner.url))

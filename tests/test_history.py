@@ -169,6 +169,11 @@ async def test_as_of_equals_the_published_state_of_then(ledger, tenant):
             await reader.governance(tenant, as_of=datetime(2026, 1, 1))  # noqa: DTZ001
         with pytest.raises(errors.InvalidInput, match="together"):
             await reader.governance(tenant, as_of=1, at_least=1)
+        for wrong in ("2026-01-01", later.date(), 1.0, True):
+            for name in ("as_of", "at_least"):
+                for read in (reader.governance, reader.state):
+                    with pytest.raises(errors.InvalidInput, match=f"{name}: .*is neither a seq"):
+                        await read(tenant, **{name: wrong})
 
 
 async def test_as_of_goes_by_recorded_time_and_counts_foreign_ordinals(ledger, server, tenant):

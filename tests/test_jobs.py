@@ -214,6 +214,17 @@ async def test_a_snapshot_under_way_is_left_to_end(fresh_server, tenant):
         assert await take_snapshot(ledger.server) is None
 
 
+async def test_a_backups_snapshot_waits_out_anothers(fresh_server, tenant):
+    """What a backup takes was begun after it was asked for, whatever save was under way."""
+    own = fresh_server()
+    async with Ledger.connect(own.url) as ledger:
+        await ledger.append(tenant, escalation("d"))
+        own.cli("CONFIG", "SET", "rdb-key-save-delay", 20_000)
+        own.cli("BGSAVE")
+        assert await take_snapshot(ledger.server, wait_out=True) is not None
+        assert own.cli("INFO", "persistence")["rdb_saves"] == 2
+
+
 async def test_a_snapshot_waits_for_a_rewrite(fresh_server, server, tenant):
     """While the append-only file is rewritten BGSAVE is refused; the job waits and then saves."""
     own = fresh_server(server.kind)
@@ -304,7 +315,11 @@ NASTY = (
     "claude-flow:ledger:{t}:evidence:checkpoints",
     "claude-flow:ledger:{t}:projection:active",
     "claude-flow:ledger:{t}:projection:quarantine",
-    "claude-flow:ledger:{t}:projection:governance@1:rebuild",
+    "claude-flow:ledger:{t}:projection:governance@1:rebuilding",
+    "claude-flow:ledger:{t}:projection:governance@1:rebuild:",
+    "claude-flow:ledger:{t}:snapshot:governance",
+    "claude-flow:ledger:{t}:snapshot:governance@1:head",
+    "claude-flow:ledger:{t}:lease:governance",
     "claude-flow:ledger:{t}:projection:governance@1:governance:decisions",
     "claude-flow:ledger:{t}:projection:governance@1\n",
     "claude-flow:ledger:{t}:projection:x@1}:governance:decisions",
@@ -345,23 +360,26 @@ def test_no_key_of_the_record_is_disposable(key):
                     "\x01",
                 ),
                 *("@1", "governance:", "decisions", "head", "index", "projection:", ":7", "_"),
-                "governance@1",
+                *("governance@1", "snapshot:", ":rebuild"),
             ]
         ),
         max_size=12,
     ).map("".join)
 )
 def test_what_is_disposable_is_memory_or_a_fold(key):
-    """By an independent reading of the key: the memory store, or projection name@version[:n]."""
+    """By an independent reading of the key: the memory store, or a projection's or snapshot's
+    name@version[:rebuild][:n].
+    """
     if not keys.is_disposable(key.encode()):
         return
     store, *rest = key.removeprefix("claude-flow:").split(":")
     if store == "memory":
         return
     tenant, kind, name, *bucket = rest
+    bucket = bucket[1:] if bucket[:1] == ["rebuild"] else bucket
     assert store == "ledger"
     assert keys.is_tenant(tenant.removeprefix("{").removesuffix("}"))
-    assert kind == "projection"
+    assert kind in ("projection", "snapshot")
     assert name.rpartition("@")[2].isdigit()
     assert len(bucket) <= 1
     assert all(part.isdigit() for part in bucket)
@@ -373,7 +391,7 @@ async def test_unlink_refuses_the_whole_batch(ledger, tenant):
     stale = f"{keys.MEMORY_STALE}x"
     await ledger.server.command(stale, "SET", stale, "1")
     with pytest.raises(errors.JobFailed, match="no key that a cleanup may delete"):
-        await unlink(ledger.server, "", [stale.encode(), keys.decisions(tenant).encode()])
+        await unlink(ledger.server, [stale.encode(), keys.decisions(tenant).encode()])
     assert await ledger.server.command(stale, "EXISTS", stale) == 1
 
 
@@ -412,26 +430,45 @@ async def test_cleanup_leaves_copies_whose_ledger_is_only_unregistered(ledger, t
     assert (await StateReader(ledger).state(tenant)).source == "published"
 
 
-async def test_cleanup_deletes_folds_of_retired_versions(ledger, tenant):
-    """Below the active version and what this release folds the fold goes, with its buckets."""
+async def test_cleanup_deletes_folds_of_retired_versions(ledger, tenant, monkeypatch):
+    """Below the version that readers take and what this release folds, all of a fold goes: buckets,
+    snapshots, a killed rebuild, its quarantine. The fold that readers take stays whole.
+    """
+    server, name = ledger.server, "governance"
     await ledger.append(tenant, escalation("d"))
     await Projector(ledger).run_once([tenant])
-    from ledger.service import cleanup
+    await ledger.append(tenant, escalation("e"))
+    monkeypatch.setattr("projections.snapshots.MIN_ENTRIES", 1)
+    await Projector(ledger).run_once([tenant])
+    held = await keys_of(server, tenant)
+    assert keys.snapshot(tenant, name, 1, 2) in held
+    active, quarantine = keys.projection_active(tenant), keys.projection_quarantine(tenant)
+    fields = ("governance@1:7", "x", "governance@2:7", "x", "agents@1:7", "x")
+    await server.command(quarantine, "HSET", quarantine, *fields)
+    for key in (
+        keys.projection(tenant, name, 2),
+        keys.projection_bucket(tenant, name, 2, 1023),
+        f"{keys.projection(tenant, name, 2)}:rebuild",
+        f"{keys.projection(tenant, name, 2)}:rebuild:0",
+        keys.projection(tenant, name, 3),
+    ):
+        await server.command(key, "HSET", key, "x", "1")
+    newer = type("Newer", (), {"name": name, "version": 3})
+    monkeypatch.setattr("ledger.service.cleanup.configured", lambda _: (newer,))
+    assert (await Cleanup(ledger, 0).run())["retired_folds"] == 0  # readers take the first one
+    await server.command(active, "HSET", active, name, 3)
+    gone = {key for key in held if "governance@1" in key}
+    assert (await Cleanup(ledger, 0).run())["retired_folds"] == len(gone) + 4
+    left = held - gone | {keys.projection(tenant, name, 3), active, quarantine}
+    assert await keys_of(server, tenant) == left
+    assert set(await server.command(quarantine, "HKEYS", quarantine)) == {b"agents@1:7"}
+    assert (await ledger.head(tenant)).seq == 2
 
-    now = Governance().version
-    newer = type("Newer", (), {"name": "governance", "version": now + 2})
-    old = [keys.projection(tenant, "governance", version) for version in (now, now + 1)]
-    bucket = keys.projection_bucket(tenant, "governance", now + 1, 1023)
-    for key in (*old, bucket):
-        await ledger.server.command(key, "HSET", key, "x", "1")
-    active = keys.projection_active(tenant)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cleanup, "configured", lambda _: (newer,))
-        assert (await Cleanup(ledger, 0).run())["retired_folds"] == 0  # readers take it
-        await ledger.server.command(active, "HSET", active, "governance", now + 2)
-        assert (await Cleanup(ledger, 0).run())["retired_folds"] == 3
-    assert await ledger.server.command(bucket, "EXISTS", bucket) == 0
-    assert (await ledger.head(tenant)).seq == 1
+
+async def keys_of(server, tenant) -> set[str]:
+    """Every key of the tenant's record and folds; leases go by themselves."""
+    found = {key async for page in server.scan(f"{keys.LEDGER}:{{{tenant}}}:*") for key in page}
+    return {key.decode() for key in found if b":lease:" not in key}
 
 
 # -- append-only file, refresh, health -------------------------------------------------------------
@@ -488,9 +525,11 @@ async def test_jobs_work_on_a_cluster(cluster, tenant):
         for n in range(20):
             key = f"{keys.MEMORY_STALE}{n}"
             await ledger.server.command(key, "SET", key, "1")
+        odd = f"{keys.MEMORY_STALE}\udcff"  # a name that is no UTF-8
+        await ledger.server.command(odd, "SET", odd.encode(errors="surrogateescape"), "1")
         context = JobContext(ledger)
         assert (await JOBS["expire"](context))["expired"] >= 1
-        assert (await JOBS["cleanup"](context))["stale"] == 20
+        assert (await JOBS["cleanup"](context))["stale"] == 21
         assert len((await JOBS["snapshot"](context))["nodes"]) == 3
         assert len((await JOBS["health"](context))["nodes"]) == 3
         assert (await ledger.get(tenant, "expire:d")).type == "escalation.resolved"

@@ -10,6 +10,7 @@ import pickle
 import signal
 import socket
 import subprocess
+import sys
 import traceback
 import urllib.error
 import urllib.request
@@ -21,6 +22,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from ledger import Decision, Ledger, errors, keys, load_settings
 from ledger.service import terminal
+from ledger.service.cli import app
 from ledger.service.metrics import TENANT_SERIES_LIMIT, metrics
 from ledger.service.observation import TenantCounts, observe
 from ledger.service.top import between, render
@@ -132,6 +134,18 @@ async def test_project_and_dev_serve_them_too(fresh_server, service, embedded_di
         assert process.wait(20) == 0
         with pytest.raises(urllib.error.URLError):
             await asyncio.to_thread(scraped, process.port)
+
+
+def test_without_the_extra_nothing_is_started(tmp_path, monkeypatch):
+    """Where prometheus-client is missing, the command says so before it starts a server."""
+    monkeypatch.setitem(sys.modules, "prometheus_client", None)
+    monkeypatch.delitem(sys.modules, "ledger.service.metrics")
+    monkeypatch.chdir(tmp_path)
+    for words in (["dev", "--data", "data"], ["project", "--once", "--url", "embedded:///data"]):
+        with pytest.raises(errors.InvalidInput, match="prometheus-client") as refused:
+            app([*words, "--metrics-port", "0"], standalone_mode=False)
+        assert refused.value.hint == "pip install 'govledger[metrics]'"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_port_in_use_is_named(valkey):

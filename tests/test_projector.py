@@ -11,6 +11,7 @@ import pytest
 
 from ledger import Decision, EscalationResolved, Ledger, Outcome, errors, keys
 from projections import Projector, StateReader, Unfoldable
+from projections.status import statuses
 from projections.store import FoldStore, encode_entity
 
 
@@ -453,3 +454,16 @@ async def test_strange_published_copy_is_no_state(ledger, server, tenant, copy):
     server.cli("DEL", keys.published(tenant, "counter"))
     server.cli("RPUSH", keys.published(tenant, "counter"), "x")
     assert (await reader.state(tenant, "counter")).source == "committed"
+
+
+async def test_a_damaged_position_is_named(ledger, server, tenant):
+    """What somebody wrote over a fold's position is shown as that, and the next fold mends it."""
+    await ledger.append(tenant, decision(1))
+    await Projector(ledger, [Counter()]).run_once([tenant])
+    for position in ("x", "1/2/3/4", b"\xff"):
+        server.cli("HSET", keys.projection(tenant, "counter", 1), "position", position)
+        (found,) = [one async for one in statuses(ledger, [tenant], [Counter()])]
+        assert (found.position, found.stopped, found.lag_entries) == (None, "damaged", 1)
+    await Projector(ledger, [Counter()]).run_once([tenant])
+    (found,) = [one async for one in statuses(ledger, [tenant], [Counter()])]
+    assert (found.position.seq, found.stopped, found.lag_entries) == (1, None, 0)

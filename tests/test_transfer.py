@@ -388,13 +388,13 @@ def test_a_changed_byte_is_found(at, change):
     """Whatever byte of a file is changed, it is refused as damaged and nothing else."""
     raw = bytearray(SMALL)
     raw[at] ^= change
-    with pytest.raises((errors.InvalidBackup, errors.InvalidTenant)):
+    with pytest.raises((errors.InvalidBackup, errors.InvalidInput)):
         read(bytes(raw))
 
 
 def test_a_cut_or_longer_file_is_found():
     """A file is refused at whatever byte it ends too early, and where more follows its end."""
-    for end in range(len(SMALL)):
+    for end in range(1, len(SMALL)):
         with pytest.raises(errors.InvalidBackup):
             read(SMALL[:end])
     with pytest.raises(errors.InvalidBackup):
@@ -453,7 +453,14 @@ OWN = [b"type", b"t", b"id", b"a", b"data", b'{"id":"a","type":"t"}']
 )
 def test_a_forged_file_is_refused(raw):
     """A file whose content cannot be is refused, whatever its checksum says."""
-    with pytest.raises((errors.InvalidBackup, errors.InvalidTenant)):
+    with pytest.raises((errors.InvalidBackup, errors.InvalidInput)):
+        read(raw)
+
+
+@pytest.mark.parametrize("raw", [b"", b'{"type":"decision.recorded"}\n', b"REDIS0011", b"\0" * 99])
+def test_what_is_no_export_is_told_from_a_damaged_one(raw):
+    """A file of another kind is bad input, and the message says what was expected."""
+    with pytest.raises(errors.InvalidInput, match="no file of `govledger export-ledger`"):
         read(raw)
 
 
@@ -518,7 +525,13 @@ def test_export_and_import_commands(shared_server, tenant, tmp_path):
     broken = run(shared_server("redis7").url, "import-ledger", file, "--json")
     assert (broken.code, broken.error["error"]) == (4, "InvalidBackup")
     assert run(target.url, "import-ledger", tmp_path / "none").code == 2
+    other = run(target.url, "import-ledger", __file__)
+    assert (other.code, "no file of `govledger export-ledger`" in other.err) == (2, True)
     assert run(source.url, "export-ledger", new_tenant(), tmp_path / "b").code == 1
+    nowhere = run(source.url, "export-ledger", tenant, tmp_path / "none" / "a")
+    assert (nowhere.code, ".partial" in nowhere.err) == (2, False)
+    assert f"{tmp_path / 'none'}: nothing can be written there" in nowhere.err
+    assert f"hint: mkdir -p {tmp_path / 'none'}" in nowhere.err
     assert list(tmp_path.iterdir()) == [file]
 
 

@@ -12,7 +12,17 @@ from functools import partial
 import orjson
 import pytest
 
-from ledger import Decision, EscalationResolved, Feedback, Ledger, Overridden, errors, keys
+from ledger import (
+    Decision,
+    EscalationResolved,
+    Feedback,
+    Ledger,
+    Overridden,
+    errors,
+    keys,
+    load_settings,
+)
+from ledger.service.workers import run_workers
 from projections import Projector, StateReader
 from projections import projector as projector_module
 from projections.store import FoldStore, Standing, encode_entity
@@ -487,3 +497,10 @@ async def test_each_entity_of_any_worker_is_the_same_bytes(ledger, tenant):
     passed_on = encode_entity((await store.load({"state": 0}))["state"])
     await workers[1].rebuild(tenant, "tally")
     assert encode_entity((await store.load({"state": 0}))["state"]) == passed_on
+
+
+async def test_what_no_worker_could_begin_with_is_said_once():
+    """A projection that cannot be imported ends `--workers N` before any worker is started."""
+    with pytest.raises(errors.InvalidSetting, match="GOVLEDGER_PROJECTIONS: nope:x"):
+        async with asyncio.timeout(20):
+            await run_workers(load_settings(govledger_projections="nope:x"), 2)

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import aclosing
 from typing import Any, Final
 
 import orjson
 
 from ledger import errors, keys
 from ledger.ledger import Ledger
-from ledger.server import Server, pack
-from ledger.service.inspection import scan, server_now_ms
+from ledger.server import Server
+from ledger.service.inspection import server_now_ms
 from projections.registry import configured
-from projections.store import BUCKETS
+from projections.snapshots import key_of, list_key, parse_list
+from projections.store import BUCKETS, REBUILD
 
 __all__ = ["Cleanup"]
 
@@ -54,8 +56,9 @@ class Cleanup:
 
     async def _stale(self) -> int:
         count = 0
-        async for node, some in scan(self._server, f"{keys.MEMORY_STALE}*"):
-            count += await unlink(self._server, node, some)
+        async with aclosing(self._server.scan(f"{keys.MEMORY_STALE}*")) as pages:
+            async for page in pages:
+                count += await unlink(self._server, page)
         return count
 
     # -- published state --------------------------------------------------------------------------
@@ -67,19 +70,19 @@ class Cleanup:
         orphaned, expiring = 0, 0
         for name in sorted({one.name for one in self._projections} | {"agent"}):
             suffix = "agent:*" if name == "agent" else f"{name}:state"
-            async for node, some in scan(self._server, f"{keys.MEMORY}:*:{suffix}"):
-                ours = await self._ours(node, some)
-                known = {key: _tenant_of(key) for key in ours}
-                lost = [key for key, tenant in known.items() if tenant not in tenants]
-                gone = [key for key in lost if not await self._has_ledger(known[key])]
-                orphaned += await unlink(self._server, node, gone)
-                expiring += await self._expire(node, [key for key in ours if key not in gone])
+            async with aclosing(self._server.scan(f"{keys.MEMORY}:*:{suffix}")) as pages:
+                async for page in pages:
+                    ours = await self._ours(page)
+                    known = {key: _tenant_of(key) for key in ours}
+                    lost = [key for key, tenant in known.items() if tenant not in tenants]
+                    gone = [key for key in lost if not await self._has_ledger(known[key])]
+                    orphaned += await unlink(self._server, gone)
+                    expiring += await self._expire([key for key in ours if key not in gone])
         return {"orphaned": orphaned, "given_a_ttl": expiring}
 
-    async def _ours(self, node: str, some: Sequence[bytes]) -> list[bytes]:
+    async def _ours(self, some: Sequence[bytes]) -> list[bytes]:
         """Those that a projector has published: anybody may keep other values under such names."""
-        asked = [pack("GETRANGE", key, -_ENVELOPE_TAIL_BYTES, -1) for key in some]
-        replies = await self._server.exchange(node, asked, len(asked))
+        replies = await self._server.on_each(some, "GETRANGE", then=(-_ENVELOPE_TAIL_BYTES, -1))
         return [
             key
             for key, reply in zip(some, replies, strict=True)
@@ -94,17 +97,18 @@ class Cleanup:
         there = (stream, keys.head(tenant), keys.index(tenant))
         return bool(await self._server.command(stream, "EXISTS", *there))
 
-    async def _expire(self, node: str, some: Sequence[bytes]) -> int:
-        if not self._ttl_seconds or not some:
+    async def _expire(self, some: Sequence[bytes]) -> int:
+        if not self._ttl_seconds:
             return 0
-        asked = [pack("EXPIRE", key, self._ttl_seconds, "NX") for key in some]
-        replies = await self._server.exchange(node, asked, len(asked))
+        replies = await self._server.on_each(some, "EXPIRE", then=(self._ttl_seconds, "NX"))
         return sum(int(self._server.checked(reply)) for reply in replies)
 
     # -- fold state -------------------------------------------------------------------------------
 
     async def _retired(self, tenant: str) -> int:
-        """Folds of versions below the active one, and below what this release folds."""
+        """Folds of versions below the one that readers take and below what this release folds, with
+        their snapshots, and what they could not fold. Nobody folds them any further.
+        """
         active = await self._server.command(
             keys.projection_active(tenant), "HGETALL", keys.projection_active(tenant)
         )
@@ -114,16 +118,32 @@ class Cleanup:
             if kept is None:
                 continue
             for version in range(1, min(kept, one.version)):
-                key = keys.projection(tenant, one.name, version)
-                if await self._server.command(key, "EXISTS", key):
-                    buckets = (
-                        keys.projection_bucket(tenant, one.name, version, bucket)
-                        for bucket in range(BUCKETS)
-                    )
-                    count += await unlink(
-                        self._server, key, [one.encode() for one in (key, *buckets)]
-                    )
+                count += await self._discard(tenant, one.name, version)
         return count
+
+    async def _discard(self, tenant: str, name: str, version: int) -> int:
+        count, live = 0, keys.projection(tenant, name, version)
+        for rebuild in (False, True):
+            fold = f"{live}:{REBUILD}" if rebuild else live
+            listed = list_key(tenant, name, version, rebuild=rebuild)
+            if not await self._server.command(fold, "EXISTS", fold, listed):
+                continue
+            kept = parse_list(await self._server.command(listed, "HGETALL", listed))
+            parts = [f"{fold}:{bucket}" for bucket in range(BUCKETS)]
+            parts += [key_of(listed, one.seq) for one in kept]
+            # Those that lead to the others last: after a kill here the next cleanup finds them.
+            some = [*parts, fold, listed]
+            count += await unlink(self._server, [one.encode() for one in some])
+        if count:
+            await self._forget_quarantined(tenant, f"{name}@{version}:".encode())
+        return count
+
+    async def _forget_quarantined(self, tenant: str, prefix: bytes) -> None:
+        key = keys.projection_quarantine(tenant)
+        fields = await self._server.command(key, "HKEYS", key)
+        gone = [field for field in fields if field.startswith(prefix)]
+        for start in range(0, len(gone), UNLINK_AT_ONCE):
+            await self._server.command(key, "HDEL", key, *gone[start : start + UNLINK_AT_ONCE])
 
     async def _forgotten_runs(self) -> int:
         """Job runs whose process was killed before it could say how they ended."""
@@ -135,8 +155,8 @@ class Cleanup:
         return len(gone)
 
 
-async def unlink(server: Server, node: str, some: Sequence[bytes]) -> int:
-    """Deletes keys that a cleanup may delete, from the node of the key `node`; how many were there.
+async def unlink(server: Server, some: Sequence[bytes]) -> int:
+    """Deletes keys that a cleanup may delete; how many were there.
 
     Raises:
         JobFailed: one of them is not to be deleted; then none of them was.
@@ -149,8 +169,7 @@ async def unlink(server: Server, node: str, some: Sequence[bytes]) -> int:
         )
     count = 0
     for start in range(0, len(some), UNLINK_AT_ONCE):
-        asked = [pack("UNLINK", key) for key in some[start : start + UNLINK_AT_ONCE]]
-        replies = await server.exchange(node, asked, len(asked))
+        replies = await server.on_each(some[start : start + UNLINK_AT_ONCE], "UNLINK")
         count += sum(int(server.checked(reply)) for reply in replies)
     return count
 

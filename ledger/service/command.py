@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from contextlib import AbstractAsyncContextManager
 from datetime import UTC, date, datetime, time
+from importlib import import_module
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import orjson
@@ -84,6 +85,15 @@ Limit = Annotated[
     int | None,
     typer.Option(metavar="N", min=1, show_default=False, help="End after this many entries."),
 ]
+
+
+def _can_serve_metrics(port: int | None) -> int | None:
+    """Before anything is started: the module says what is missing."""
+    if port is not None:
+        import_module("ledger.service.metrics")
+    return port
+
+
 MetricsPort = Annotated[
     int | None,
     typer.Option(
@@ -91,6 +101,7 @@ MetricsPort = Annotated[
         metavar="N",
         min=0,
         max=65535,
+        callback=_can_serve_metrics,
         show_default=False,
         help="Serve Prometheus metrics on this port; 0 takes a free one. Needs govledger[metrics].",
     ),

@@ -72,6 +72,9 @@ WitnessKeys = Annotated[
         help="This witness must have cosigned the checkpoint; may be repeated.",
     ),
 ]
+Witness = Annotated[
+    bool, typer.Option("--witness", help="Print it as a witness's key, which cosigns.")
+]
 
 
 def _settings() -> Any:
@@ -138,6 +141,7 @@ def keys_new(
     output: Annotated[
         Path, typer.Option("-o", "--output", metavar="FILE", show_default=False, help="New file.")
     ],
+    witness: Witness = False,
     as_json: Json = False,
 ) -> None:
     """Make a signing key in a new file that only its owner can read; print its public half.
@@ -145,11 +149,12 @@ def keys_new(
     Give the public half to whoever is to verify, by a way that does not lead through this server.
     """
     from ledger.keyfile import write_key
-    from ledger.note import SigningKey
+    from ledger.note import COSIGNATURE, SigningKey
 
     key = SigningKey.generate(deployment)
     write_key(output, key)
-    _print_key(str(key.verifier()), as_json=as_json)
+    kind = {"kind": COSIGNATURE} if witness else {}
+    _print_key(str(key.verifier(None, **kind)), as_json=as_json)
 
 
 @keys_app.command(
@@ -166,9 +171,7 @@ def keys_show(
             help="The key of this tenant's log alone, for other people's tools.",
         ),
     ] = None,
-    witness: Annotated[
-        bool, typer.Option("--witness", help="As a witness's key, which cosigns.")
-    ] = False,
+    witness: Witness = False,
     as_json: Json = False,
 ) -> None:
     """Print the public half of a signing key."""
@@ -659,8 +662,9 @@ app.add_typer(witness_app, name="witness")
 @witness_app.command(
     "serve",
     epilog=example(
+        "govledger keys new --deployment w.example/w1 -o w.key --witness",
         "govledger witness serve --key-file w.key --log acme.example/prod+0f1e2d3c+AbCd… "
-        "--data /var/lib/witness"
+        "--data /var/lib/witness",
     ),
 )
 def witness_serve(
@@ -691,7 +695,8 @@ def witness_serve(
     """Run a witness as C2SP tlog-witness says, until stopped.
 
     It cosigns a checkpoint only if it continues the one before, so that who verifies with its key
-    knows that there is one history. HTTP without TLS: put a proxy in front for other machines.
+    knows that there is one history. It begins by printing its own public key, as sealers and
+    verifiers take it. HTTP without TLS: put a proxy in front for other machines.
     """
     from ledger.note import VerifierKey
     from ledger.service.witness_server import WitnessServer
@@ -706,11 +711,12 @@ def witness_serve(
             closing(Witness(_signing_key(key_file), logs, data)) as witness,
             WitnessServer((host, port), witness) as server,
         ):
-            shown = f"{witness.verifier}@{server.url}"
+            key, place = str(witness.verifier), f"{witness.verifier}@{server.url}"
             if as_json:
-                print_json({"witness": shown})
+                print_json({"witness": place, "key": key, "url": server.url})
             else:
-                print_lines(shown)
+                print_lines(f"for who seals:    --witness {place}")
+                print_lines(f"for who verifies: --witness-key {key}")
             sys.stdout.flush()
             async with ends_on_sigterm():
                 serving = asyncio.ensure_future(asyncio.to_thread(server.serve_forever))

@@ -322,7 +322,8 @@ def doctor(
     """
 
     async def work() -> str:
-        from ledger.service.doctor import examine, report_json, report_lines, unreachable, worst
+        from ledger.service.doctor import examine, report_json, report_lines, worst
+        from ledger.service.doctor_access import unreachable
 
         address = _address(url)
         try:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import sys
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
-from ledger import errors, keys
+from ledger import errors
 from ledger.service import terminal
 from ledger.service.command import (
     Json,
@@ -31,7 +31,7 @@ from ledger.service.command import (
 if TYPE_CHECKING:
     from datetime import datetime
 
-    from ledger import Head
+    from ledger import Head, Ledger
     from projections import Projector
 
 __all__: list[str] = []
@@ -291,6 +291,22 @@ async def _rebuild_one(
 # -- projections -------------------------------------------------------------------------------
 
 
+async def _known(ledger: Ledger, tenant: str) -> str:
+    """The tenant, if anything is recorded for it, or was and its head is damaged.
+
+    Raises:
+        NotFound: nothing is.
+    """
+    with suppress(errors.IndexBehind):
+        if not (await ledger.head(tenant)).seq:
+            raise errors.NotFound(
+                f"tenant {tenant}: nothing is recorded",
+                hint="`govledger tenants` lists who is known",
+                tenant=tenant,
+            )
+    return tenant
+
+
 @app.command(epilog=example("govledger projections", "govledger projections acgs-dev --json"))
 def projections(
     tenant: Annotated[str | None, typer.Argument(metavar="TENANT", show_default=False)] = None,
@@ -311,7 +327,7 @@ def projections(
         from projections.status import statuses
 
         async with connect(url) as ledger:
-            names = [keys.checked_tenant(tenant)] if tenant else await ledger.tenants()
+            names = [await _known(ledger, tenant)] if tenant else await ledger.tenants()
             every = configured(ledger.server.settings)
             found = [one async for one in statuses(ledger, names, every)]
         if as_json:
@@ -352,7 +368,7 @@ def quarantine(
         from projections import Projector
 
         async with connect(url) as ledger:
-            store = Projector(ledger).store(tenant, projection)
+            store = Projector(ledger).store(await _known(ledger, tenant), projection)
             if accept:
                 accepted = await store.accept_quarantined(accept)
                 if accepted < len(set(accept)):
@@ -387,9 +403,7 @@ def activate(
         from projections import Projector
 
         async with connect(url) as ledger:
-            store = Projector(ledger).store(tenant, projection)
-            if not (await ledger.head(tenant)).seq:
-                raise errors.NotFound(f"tenant {tenant}: nothing is recorded", tenant=tenant)
+            store = Projector(ledger).store(await _known(ledger, tenant), projection)
             await store.pin(version)
         if as_json:
             print_json({"tenant": tenant, "projection": projection, "version": version})

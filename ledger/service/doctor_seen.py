@@ -10,6 +10,7 @@ import os
 import re
 import time
 from collections.abc import Awaitable
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Final, TypeVar
 from urllib.parse import parse_qs, urlsplit
@@ -22,11 +23,11 @@ from ledger.ledger import Ledger
 from ledger.server import NodeSettings, Server, pack
 from ledger.service.inspection import (
     Standing,
+    began_ms,
     config,
     info,
     oldest_unfolded_ms,
     ping_ms,
-    scan,
     server_now_ms,
     standings,
 )
@@ -101,6 +102,8 @@ class Seen:
     nodes: list[Node]
     tenants: list[str] = field(default_factory=list)
     standings: list[Standing] = field(default_factory=list)
+    began_ms: int | None = None
+    """When the first entry was recorded; None where nothing is, or nobody says."""
     oldest_unfolded_ms: int | None = None
     """When the oldest entry was recorded that is not folded yet, by the ledger's clock."""
     quarantined: dict[str, int] = field(default_factory=dict)
@@ -264,6 +267,7 @@ async def _look_at_tenants(ledger: Ledger, seen: Seen) -> None:
     seen.misnamed = sorted(names - set(seen.tenants))[:NAMES_LIMIT]
     found = await _allowed(denied, "tenants", standings(ledger, seen.tenants))
     seen.standings = found or []
+    seen.began_ms = await _allowed(denied, "streams", began_ms(server, seen.tenants))
     seen.oldest_unfolded_ms = await _allowed(
         denied, "streams", oldest_unfolded_ms(server, seen.standings)
     )
@@ -283,9 +287,10 @@ async def _quarantined(server: Server, seen: Seen) -> dict[str, int]:
 
 async def _streams(server: Server) -> set[str]:
     found = set[str]()
-    async for _, some in scan(server, f"{keys.LEDGER}:{{*}}:governance:decisions"):
-        names = (match[1] for key in some if (match := _STREAM.fullmatch(key)))
-        found.update(name.decode(errors="backslashreplace") for name in names)
+    async with aclosing(server.scan(f"{keys.LEDGER}:{{*}}:governance:decisions")) as pages:
+        async for page in pages:
+            names = (match[1] for key in page if (match := _STREAM.fullmatch(key)))
+            found.update(name.decode(errors="backslashreplace") for name in names)
     return found
 
 

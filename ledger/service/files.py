@@ -76,11 +76,12 @@ def create_file(path: Path) -> Iterator[BinaryIO]:
 
     Raises:
         TargetExists: there is something at `path`, before or after the block.
+        InvalidInput: nothing can be made in its directory, or there is no such directory.
     """
     refuse_existing(path)
     partial = partial_path(path)
     try:
-        fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        fd = _opened_new(partial)
         with os.fdopen(fd, "wb") as file:
             yield file
             file.flush()
@@ -96,6 +97,16 @@ def create_file(path: Path) -> Iterator[BinaryIO]:
     finally:
         partial.unlink(missing_ok=True)
     fsync_directory(path.parent)
+
+
+def _opened_new(path: Path) -> int:
+    try:
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except OSError as error:  # it would name a file that nobody asked for
+        raise errors.InvalidInput(
+            f"{path.parent}: nothing can be written there: {error.strerror}",
+            hint=f"mkdir -p {path.parent}, or name a file in a directory that is there and yours",
+        ) from error
 
 
 def refuse_existing(path: Path) -> None:

@@ -126,7 +126,8 @@ async def import_tenant(
 
     Raises:
         TargetExists: the tenant has a record there, or another import took over.
-        InvalidBackup: the file is damaged, or is no such file.
+        InvalidInput: it is no such file.
+        InvalidBackup: the file is damaged.
         NotFound: nothing was recorded yet at the cut.
         UnsafeServer: the server may evict what it would be given.
         ClockSkew: the record is of the future by this server's clock.

@@ -3,35 +3,34 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final
 
 import orjson
-from redis import exceptions as redis_errors
 
 from ledger import errors, keys
 from ledger.ledger import Ledger
 from ledger.server import Server, pack
-from ledger.stream import Head, Position, head_command, parse_head, split_id
+from ledger.stream import Head, Position, head_command, parse_head
 from projections.projection import Projection
 from projections.registry import configured
+from projections.status import committed_position, first_recorded_ms
 
 __all__ = [
     "Standing",
+    "began_ms",
     "config",
     "info",
     "number",
     "oldest_unfolded_ms",
     "ping_ms",
-    "scan",
     "server_now_ms",
     "standings",
 ]
 
 TENANTS_A_CALL: Final = 500
-SCAN_COUNT: Final = 1000
 _ENVELOPE_TAIL_BYTES: Final = 600
 
 
@@ -63,22 +62,6 @@ def number(fields: dict[str, str], name: str) -> int:
         return int(float(fields.get(name, "0")))
     except (OverflowError, ValueError):
         return 0
-
-
-async def scan(server: Server, pattern: str) -> AsyncIterator[tuple[str, list[bytes]]]:
-    """The keys that match, a batch at a time, of every primary, with a key that leads there; some
-    may come twice.
-    """
-    for node in server.primary_keys():
-        cursor = b"0"
-        while True:
-            cursor, found = await server.command(
-                node, "SCAN", cursor, "MATCH", pattern, "COUNT", SCAN_COUNT
-            )
-            if found:
-                yield node, found
-            if cursor == b"0":
-                break
 
 
 # -- tenants -------------------------------------------------------------------------------------
@@ -156,7 +139,7 @@ def _standings_of(
         folded, published_ms, published_seq = None, None, None
         try:
             raw = server.checked(position)
-            folded = _position(raw)
+            folded = committed_position(raw)
             published_ms, published_seq = _published(server.checked(tail))
         except errors.ServerError as error:
             problem = problem or str(error)
@@ -167,15 +150,6 @@ def _standings_of(
         )
         standing.problem = problem or _rolled_back(standing)
         found.append(standing)
-    return found
-
-
-def _position(raw: bytes | None) -> Position | None:
-    """ValueError for what is no position."""
-    if raw is None:
-        return None
-    found = Position.parse(raw.decode())
-    split_id(found.entry_id)
     return found
 
 
@@ -227,16 +201,15 @@ async def oldest_unfolded_ms(server: Server, found: Sequence[Standing]) -> int |
     everything is folded. Tenants with a problem of their own are left out.
     """
     behind = [one for one in found if one.behind and one.problem is None]
-    asked = []
-    for one in behind:
-        stream, begin = keys.decisions(one.tenant), f"({one.folded.entry_id}" if one.folded else "-"
-        asked.append((stream, pack("XRANGE", stream, begin, "+", "COUNT", 1)))
-    replies = await server.exchange_each(asked)
-    denied = next((one for one in replies if isinstance(one, redis_errors.NoPermissionError)), None)
-    server.checked(denied)
-    # What is no stream has no entries; whoever folds or appends there names it.
-    entries = [one for one in replies if isinstance(one, list) and one]
-    return min((split_id(one[0][0])[0] for one in entries), default=None)
+    begins = [(one.tenant, one.folded.entry_id if one.folded else None) for one in behind]
+    firsts = await first_recorded_ms(server, begins)
+    return min((ms for ms in firsts if ms is not None), default=None)
+
+
+async def began_ms(server: Server, tenants: Sequence[str]) -> int | None:
+    """When the first entry of all that are there was recorded; None where nothing is."""
+    firsts = await first_recorded_ms(server, [(tenant, None) for tenant in tenants])
+    return min((ms for ms in firsts if ms is not None), default=None)
 
 
 async def server_now_ms(server: Server, key: str = "") -> int:

@@ -107,7 +107,7 @@ class ExportReader:
 
     `head` and `incidents` are there from the beginning; `entries` yields the rest, and its end is
     reached only when the checksum is right. Every method raises `InvalidBackup` for a file that is
-    not what `portable.py` describes.
+    not what `portable.py` describes, and the first one `InvalidInput` for what is none at all.
     """
 
     def __init__(self, file: BinaryIO, path: Path) -> None:
@@ -138,13 +138,19 @@ class ExportReader:
             raise self._damaged("its SHA-256 is not that of its content")
 
     def _read_head(self) -> ExportHead:
-        record = self._record()
-        if len(record) != 3 or record[0] != _WORD:
-            raise self._damaged("this is no file of `govledger export-ledger`")
-        if record[1] != VERSION:
+        begin = self._file.read(len(MAGIC))
+        if begin != MAGIC and not (begin and MAGIC.startswith(begin)):
+            raise errors.InvalidInput(
+                f"{self._path}: this is no file of `govledger export-ledger`",
+                hint="`govledger restore` reads backups and dumps, `govledger append` JSON Lines",
+                path=str(self._path),
+            )
+        self._taken(begin, len(MAGIC))
+        version, raw = self._parts(2)
+        if version != VERSION:
             raise self._damaged("it is of another version: a newer govledger can read it")
         try:
-            head = msgspec.json.decode(record[2], type=ExportHead)
+            head = msgspec.json.decode(raw, type=ExportHead)
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise self._damaged(f"its head is damaged: {error}") from None
         self._checked_id(head.entry_id)
@@ -187,8 +193,13 @@ class ExportReader:
         raise self._damaged("an entry id is damaged")
 
     def _record(self) -> list[bytes]:
-        count, left = self._number(b"*", MAX_RECORD_PARTS), MAX_RECORD_BYTES + 4096
-        parts = []
+        parts = self._parts(self._number(b"*", MAX_RECORD_PARTS))
+        if not parts:
+            raise self._damaged("a record is empty")
+        return parts
+
+    def _parts(self, count: int) -> list[bytes]:
+        parts, left = [], MAX_RECORD_BYTES + 4096
         for _ in range(count):
             size = self._number(b"$", left)
             left -= size
@@ -196,8 +207,6 @@ class ExportReader:
             if body[size:] != b"\r\n":
                 raise self._damaged("a record does not end where it should")
             parts.append(body[:size])
-        if not parts:
-            raise self._damaged("a record is empty")
         return parts
 
     def _number(self, sign: bytes, limit: int) -> int:
@@ -210,7 +219,9 @@ class ExportReader:
         raise self._damaged("it ends too early" if line[-1:] != b"\n" else "a record is damaged")
 
     def _read(self, size: int) -> bytes:
-        body = self._file.read(size)
+        return self._taken(self._file.read(size), size)
+
+    def _taken(self, body: bytes, size: int) -> bytes:
         self._sha256.update(body)
         self._at += len(body)
         if len(body) != size:

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import secrets
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal, NamedTuple
@@ -53,7 +54,7 @@ from ledger.service.scratch import (
     lay_dump,
     private_server,
 )
-from ledger.stream import Head
+from ledger.stream import Head, split_id
 from projections import Projector
 from projections.store import FoldStore
 
@@ -63,6 +64,7 @@ ROOM_FACTOR: Final = 2.5
 """A dump is laid once or twice, and what is written to the new one is small beside it."""
 
 HEADER_BYTES: Final = 512
+YEAR_10000_MS: Final = 253_402_300_800_000
 
 Say = Callable[[str], None]
 
@@ -272,6 +274,7 @@ def _check_target(plan: Plan) -> None:
             f"to: {iso_ms(to.to_ms)} is after the backup, which was taken at {iso_ms(taken_ms)}",
             hint="what was recorded later is not in it: take a newer backup, or an earlier time",
         )
+    _check_begun(to, plan.tenants)
     known = {one.state.tenant: one.state for one in plan.tenants}
     for tenant, seq in to.to_seq.items():
         keys.checked_tenant(tenant)
@@ -285,6 +288,28 @@ def _check_target(plan: Plan) -> None:
                 f"to-seq: {tenant} goes from seq 1 to {known[tenant].seq} in this backup, not to "
                 f"{seq}"
             )
+
+
+def _check_begun(to: Target, tenants: Sequence[PlannedTenant]) -> None:
+    """Refuses a time before the first entry of all; a snapshot's is known when it is exported."""
+    if to.to_ms is None:
+        return
+    found = (_first_ms(one.file) for one in tenants if one.file)
+    oldest_ms = min((ms for ms in found if ms is not None), default=None)
+    if oldest_ms is not None and to.to_ms < oldest_ms:
+        raise errors.InvalidInput(
+            f"to: nothing was recorded by {iso_ms(to.to_ms)}",
+            hint=f"the oldest entry of this backup was recorded at {iso_ms(oldest_ms)}: that is "
+            "the oldest possible time",
+        )
+
+
+def _first_ms(file: Path) -> int | None:
+    """When an exported tenant's first entry was recorded; None where it has none with a time."""
+    with file.open("rb") as opened:
+        first = next(ExportReader(opened, file).entries(), None)
+    ms = None if first is None else split_id(first[0])[0]
+    return None if ms is None or ms >= YEAR_10000_MS else ms  # only other hands can write that
 
 
 def _check_room(plan: Plan) -> None:
@@ -310,8 +335,10 @@ async def restore(plan: Plan, say: Say) -> list[Restored]:
     Raises:
         InvalidBackup: what was restored is not what the backup states.
         TargetExists: somebody put something at DATA_DIR meanwhile.
+        InvalidInput: the point in time is not in the snapshot.
         EmbeddedServerError: the server does not start on the snapshot; the message has its log.
     """
+    made = [path for path in plan.into.parents if not path.exists()]
     plan.into.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_path(plan.into)
     partial.mkdir(mode=0o700)
@@ -322,6 +349,10 @@ async def restore(plan: Plan, say: Say) -> list[Restored]:
         _sync_and_put(data_dir, plan.into)
     finally:
         await in_thread(remove, partial)
+        if not plan.into.exists():
+            for path in made:
+                with suppress(OSError):  # somebody else has put something there
+                    path.rmdir()
     return restored
 
 
@@ -409,6 +440,7 @@ async def _records(plan: Plan, partial: Path, data_dir: Path, say: Say) -> list[
     files = plan.tenants
     if plan.dump is not None:
         files = await _exported(plan, partial, say)
+        _check_begun(plan.target, files)
     say("importing into a new server")
     restored = []
     async with private_server(data_dir) as ledger:

@@ -11,7 +11,7 @@ import hashlib
 import os
 import re
 from collections.abc import AsyncIterator
-from contextlib import aclosing, asynccontextmanager, suppress
+from contextlib import aclosing, asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO, Final
@@ -27,6 +27,7 @@ from ledger.settings import load_settings
 
 __all__ = [
     "AOF_DIR",
+    "RDB_HEADER_BYTES",
     "check_loadable",
     "copy_with_digest",
     "dump_time_ms",
@@ -46,7 +47,7 @@ NEWEST_REDIS_RDB: Final = 11
 AOF_DIR: Final = "appendonlydir"
 _BASE: Final = "appendonly.aof.1.base.rdb"
 _HEADER: Final = re.compile(rb"(REDIS|VALKEY)(\d{3,4})")
-_HEADER_BYTES: Final = 9
+RDB_HEADER_BYTES: Final = 9
 
 
 def is_dump(header: bytes) -> bool:
@@ -127,7 +128,7 @@ async def private_server(data_dir: Path) -> AsyncIterator[Ledger]:
             await _own_library(ledger.server)
             yield ledger
     finally:
-        await asyncio.shield(asyncio.to_thread(_stop, hold))
+        await asyncio.shield(asyncio.to_thread(hold.stop))
 
 
 async def _acquired(data_dir: Path) -> EmbeddedServer:
@@ -141,16 +142,8 @@ async def _acquired(data_dir: Path) -> EmbeddedServer:
     except asyncio.CancelledError:
         await asyncio.wait([starting])
         if starting.exception() is None:
-            await asyncio.to_thread(_stop, starting.result())
+            await asyncio.to_thread(starting.result().stop)
         raise
-
-
-def _stop(hold: EmbeddedServer) -> None:
-    hold.stop()
-    link = hold.socket_path.parent
-    if link.is_symlink():  # the short name of a long path
-        with suppress(FileNotFoundError):
-            link.unlink()
 
 
 async def _own_library(server: Server) -> None:

@@ -10,6 +10,7 @@ import sys
 from typing import Final
 
 from ledger.settings import Settings
+from projections.registry import configured
 
 __all__ = ["run_workers"]
 
@@ -22,7 +23,11 @@ async def run_workers(settings: Settings, count: int) -> None:
     """Keeps `count` worker processes running until it is cancelled; then they end too.
 
     They end by themselves where this process is killed: their standard input ends with it.
+
+    Raises:
+        InvalidSetting: no worker could fold with these projections.
     """
+    configured(settings)  # once here, and not again and again in each of them
     async with asyncio.TaskGroup() as tasks:
         for _ in range(count):
             tasks.create_task(_keep_one(settings))
