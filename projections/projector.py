@@ -13,7 +13,7 @@ import logging
 import random
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Container, Iterable, Sequence
 from contextlib import aclosing, suppress
 from typing import Final
 
@@ -42,6 +42,9 @@ FOLDS_AT_ONCE: Final = 8
 FOLDS_KEPT: Final = 1000
 ATTEMPTS: Final = 5
 HANDOVER_S: Final = 0.05
+TAKEOVER_S: Final = 0.1
+"""How soon after another worker's lease has run out somebody looks whether it has died."""
+
 _log = logging.getLogger("ledger")
 
 Progress = Callable[[str, int], None]
@@ -66,7 +69,7 @@ class Projector:
         self.worker = worker_name()
         self.stopped: dict[str, errors.LedgerError] = {}
         """Tenants that are not folded any more, and why."""
-        self._leases = Leases(self.server, self.worker, [one.name for one in self.projections])
+        self._leases = Leases(self.server, self.worker, self.projections)
         self._folds: dict[tuple[str, str], TenantFold] = {}
         self._ttl_seconds = self.server.settings.memory_default_ttl_seconds
         self._dirty: dict[str, None] = {}
@@ -108,9 +111,10 @@ class Projector:
             raise errors.NotFound(f"no projection is called {name!r}", hint=f"there is: {known}")
         return projection
 
-    async def _folds_of(self, tenant: str) -> list[TenantFold]:
-        """Those of versions that readers take, or will."""
-        folds = [self._fold_of(tenant, projection) for projection in self.projections]
+    async def _folds_of(self, tenant: str, held: Container[str]) -> list[TenantFold]:
+        """Those of versions that readers take, or will, among those whose leases are held."""
+        held_here = [one for one in self.projections if one.name in held]
+        folds = [self._fold_of(tenant, projection) for projection in held_here]
         return [fold for fold in folds if await fold.standing() is not Standing.SUPERSEDED]
 
     # -- once ---------------------------------------------------------------------------------
@@ -153,25 +157,30 @@ class Projector:
     async def _fold_tenant_once(self, tenant: str, on_progress: Progress | None) -> int:
         goal, folded = await self.ledger.head(tenant), 0
         while True:
+            held = frozenset[str]()
             try:
-                await self._leases.take(tenant)
-                folds = await self._folds_of(tenant)
+                held = await self._leases.take(tenant)
+                folds = await self._folds_of(tenant, held)
                 for place, fold in enumerate(folds):
                     count = await self._catch_up(fold, on_progress, followers=folds[place + 1 :])
                     await fold.publish(self._ttl_seconds, whole=True)
                     folded = max(folded, count)
                 await self._leases.release([tenant])
             except errors.LeaseHeld:
-                if await self._is_folded_to(tenant, goal.seq):
-                    return folded
-                await asyncio.sleep(HANDOVER_S)
-            else:
+                held = frozenset()
+            if await self._is_folded_to(tenant, goal.seq, besides=held):
                 return folded
+            await asyncio.sleep(HANDOVER_S)
 
-    async def _is_folded_to(self, tenant: str, seq: int) -> bool:
-        """Whether others have committed at least that far."""
-        stores = [self._fold_of(tenant, projection).store for projection in self.projections]
-        return all([await store.seq() >= seq for store in stores])
+    async def _is_folded_to(self, tenant: str, seq: int, *, besides: Container[str]) -> bool:
+        """Whether others have committed at least that far what is not held here."""
+        for projection in self.projections:
+            fold = self._fold_of(tenant, projection)
+            if projection.name in besides or await fold.standing() is Standing.SUPERSEDED:
+                continue
+            if await fold.store.seq() < seq:
+                return False
+        return True
 
     async def _catch_up(
         self,
@@ -204,7 +213,7 @@ class Projector:
             except errors.LeaseHeld as error:
                 left_ms = error.facts["left_ms"]
                 assert isinstance(left_ms, int)
-                self._leases.lose(fold.tenant, left_ms)
+                self._leases.lose(fold.tenant, fold.projection.name, left_ms)
                 raise
             except errors.CommitConflict as error:
                 overtaken = error
@@ -224,6 +233,7 @@ class Projector:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._listen())
                 tasks.create_task(self._sweep_for_ever())
+                tasks.create_task(self._take_over_for_ever())
                 for _ in range(FOLDS_AT_ONCE):
                     tasks.create_task(self._work())
         finally:
@@ -279,8 +289,8 @@ class Projector:
         try:
             if self._rests(tenant):
                 return
-            await self._leases.take(tenant)
-            folds = await self._folds_of(tenant)
+            held = await self._leases.take(tenant)
+            folds = await self._folds_of(tenant, held)
             for place, fold in enumerate(folds):
                 if not (place and fold.stands_with(folds[0])):
                     await self._catch_up(fold, pages=1, followers=folds[place + 1 :])
@@ -338,6 +348,17 @@ class Projector:
                 _log.warning("sweep: %s", error)
             rest_s = began + SWEEP_INTERVAL_S - time.monotonic()
             await asyncio.sleep(max(rest_s, PUBLISH_INTERVAL_S))
+
+    async def _take_over_for_ever(self) -> None:
+        """What others folded when there was news is looked at as soon as their leases run out."""
+        while True:
+            await asyncio.sleep(TAKEOVER_S)
+            expired = self._leases.expired()
+            for start in range(0, len(expired), SWEEP_TENANTS):
+                try:
+                    self._wake(await self._stale_among(expired[start : start + SWEEP_TENANTS]))
+                except errors.LedgerError as error:  # the sweep finds them
+                    _log.debug("leases that ran out: %s", error)
 
     async def stale_tenants(self) -> list[str]:
         """Tenants whose head is past what is folded, or whose published copy is gone or ageing."""
@@ -418,12 +439,13 @@ class Projector:
             if not accept_rollback:
                 raise
             await self._begin_epoch(live)
-        store = FoldStore(self.server, tenant, projection, worker=self.worker, rebuild=True)
-        await store.claim()
+        leases = Leases(self.server, self.worker, [projection], rebuild=True)
+        await leases.take(tenant)
         try:
+            store = FoldStore(self.server, tenant, projection, worker=self.worker, rebuild=True)
             return await self._rebuild_beside(live, store, on_progress)
         finally:
-            await store.release()
+            await leases.release([tenant])
 
     async def _rebuild_beside(
         self, live: TenantFold, store: FoldStore, on_progress: Progress | None

@@ -146,7 +146,7 @@ class FoldStore:
         self.projection = projection
         self._worker = worker or worker_name()
         name = projection.name
-        self._lease = keys.lease(tenant, f"{name}:{REBUILD}" if rebuild else name)
+        self._lease = keys.lease(tenant, name, projection.version, rebuild=rebuild)
         self._active = keys.projection_active(tenant)
         self._live = keys.projection(tenant, projection.name, projection.version)
         self._key = f"{self._live}:{REBUILD}" if rebuild else self._live
@@ -433,23 +433,6 @@ class FoldStore:
         ]
         on = [key for pair in pairs for key in pair]
         await self._server.function("govledger_adopt", on, committed.token)
-
-    async def claim(self) -> None:
-        """Takes the lease before the first commit does.
-
-        Raises:
-            LeaseHeld: another worker holds it.
-        """
-        ((holder, left_ms),) = await self._server.function(
-            "govledger_lease", [self._lease], self._worker, LEASE_MS
-        )
-        if holder:
-            who = holder.decode(errors="replace")
-            raise lease_held(self.tenant, self.projection.name, who, left_ms)
-
-    async def release(self) -> None:
-        """Gives the lease back, if it is ours."""
-        await self._server.function("govledger_release", [self._lease], self._worker)
 
     # -- quarantine ---------------------------------------------------------------------------
 

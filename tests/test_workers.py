@@ -13,12 +13,15 @@ import orjson
 import pytest
 
 from ledger import Decision, EscalationResolved, Feedback, Ledger, Overridden, errors, keys
+from ledger.service import operate
 from projections import Projector, StateReader
 from projections import projector as projector_module
 from projections.store import FoldStore, Standing, encode_entity
+from projections.tenant_fold import TenantFold
 from tests.commands import GOVLEDGER, environment, run
 from tests.governance_reference import published, reference
 from tests.servers import wait_until
+from tests.test_projector import Counter
 
 
 def decision(number, verdict="allow"):
@@ -205,8 +208,8 @@ async def test_a_projector_that_ends_gives_its_tenants_back(ledger, valkey, tena
     async with running(Projector(ledger)):
         receipt = await ledger.append(tenant, decision(1))
         await StateReader(ledger).state(tenant, at_least=receipt)
-        assert valkey.cli("EXISTS", keys.lease(tenant, "governance")) == 1
-    assert valkey.cli("EXISTS", keys.lease(tenant, "governance")) == 0
+        assert valkey.cli("EXISTS", keys.lease(tenant, "governance", 1)) == 1
+    assert valkey.cli("EXISTS", keys.lease(tenant, "governance", 1)) == 0
 
 
 async def test_a_state_of_an_old_epoch_replaces_nothing(ledger, valkey, tenant):
@@ -271,7 +274,6 @@ async def test_a_newer_version_takes_over_when_it_has_caught_up(ledger, tenant):
         seen = (state.version, state.value)
         assert seen == ((1, {"allow": 60}) if fold.is_behind else (2, {"all": 120}))
     await new._leases.release([tenant])
-    await fold.store.release()
     await ledger.append(tenant, decision(60))
     await old.run_once([tenant])  # it may not have heard of it yet
     assert (await reader.state(tenant, "tally")).version == 2
@@ -279,6 +281,86 @@ async def test_a_newer_version_takes_over_when_it_has_caught_up(ledger, tenant):
     assert (await reader.state(tenant, "tally")).version == 2
     assert await new.run_once([tenant]) == {tenant: 1}
     assert (await reader.state(tenant, "tally")).value == {"all": 122}
+
+
+async def test_two_versions_are_folded_side_by_side(ledger, tenant, monkeypatch):
+    """A worker of either release folds its version of a projection at the same time; what both
+    releases have in common is folded by whoever holds it.
+    """
+    monkeypatch.setattr(projector_module, "PUBLISH_INTERVAL_S", 0)
+    begin = TenantFold.begin
+
+    async def small_pages(fold):
+        walk = await begin(fold)
+        walk.page_entries = 20
+        return walk
+
+    monkeypatch.setattr(TenantFold, "begin", small_pages)
+    await ledger.append_many(tenant, [decision(n) for n in range(60)])
+    common = Counter()
+    old, new = (Projector(ledger, [tally, common]) for tally in (Tally(), TallyOfTwo()))
+    assert await old._leases.take(tenant) == {"tally", "counter"}
+    assert await new._leases.take(tenant) == {"tally"}
+    assert not new._leases.held_elsewhere(tenant)
+    for seq in (20, 40, 60):
+        for projector in (old, new):
+            await projector._fold_fairly(tenant)
+            assert await projector.store(tenant, "tally").seq() == seq
+        assert await new.store(tenant, "counter").seq() == seq
+        assert new._fold_of(tenant, common).seq == 0
+    assert old.stopped == new.stopped == {}
+    await asyncio.gather(old.run_once([tenant]), new.run_once([tenant]))
+    assert (await new.store(tenant, "tally").load(["state"]))["state"] == {"all": 120}
+    assert (await new.store(tenant, "counter").load(["state"]))["state"] == {"allow": 60}
+
+
+async def test_a_lease_that_runs_out_is_looked_at_then(ledger, valkey, tenant, monkeypatch):
+    """Who was told that another worker holds a tenant takes it over when that lease runs out, with
+    no hint and no sweep.
+    """
+    monkeypatch.setattr("projections.lease.LEASE_MS", 300)
+    dead, other = Projector(ledger, [Tally()]), Projector(ledger, [Tally()])
+    await dead._leases.take(tenant)
+    await ledger.append(tenant, decision(1))
+    await other._fold_fairly(tenant)
+    assert other._leases.held_elsewhere(tenant)
+    other._wake([tenant])
+    assert not other._dirty
+    work = [asyncio.create_task(one) for one in (other._take_over_for_ever(), other._work())]
+    reader = StateReader(ledger, [Tally()])
+    assert (await reader.state(tenant, "tally", at_least=1)).value == {"allow": 1}
+    for one in work:
+        one.cancel()
+    assert valkey.cli("GET", keys.lease(tenant, "tally", 1)) in (None, other.worker)
+
+
+async def test_a_worker_that_cannot_attest_goes_on(fresh_server, tenant, monkeypatch, caplog):
+    """What keeps the server from being prepared again is named, and ends no projector."""
+    monkeypatch.setattr(operate, "PREPARE_INTERVAL_S", 0.01)
+    server = fresh_server()
+    async with Ledger.connect(server.url) as ledger:
+        projecting = asyncio.create_task(operate.run_projector(ledger))
+        await StateReader(ledger).state(tenant, at_least=await ledger.append(tenant, decision(1)))
+        (key,) = server.cli("KEYS", keys.attestation("*"))
+        server.cli("DEL", key)
+        server.cli("SET", key, "of another hand")
+        await asyncio.to_thread(
+            wait_until, lambda: "not attested" in caplog.text, "it was tried and refused"
+        )
+        load_library = ledger.server.load_library
+        refused = []
+
+        async def too_new(*_):
+            refused.append(1)
+            raise errors.LibraryTooNew("a newer release was here")
+
+        monkeypatch.setattr(ledger.server, "load_library", too_new)
+        await asyncio.to_thread(wait_until, lambda: len(refused) > 1, "it was tried twice")
+        monkeypatch.setattr(ledger.server, "load_library", load_library)
+        receipt = await ledger.append(tenant, decision(2))
+        assert (await StateReader(ledger).state(tenant, at_least=receipt)).seq == 2
+        assert not projecting.done()
+        projecting.cancel()
 
 
 async def test_going_back_to_a_version_takes_a_command(ledger, valkey, tenant):
