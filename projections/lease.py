@@ -1,8 +1,8 @@
 """Who folds a tenant: a lease in the tenant's own slot, checked by every commit.
 
 The key `lease:<projection>@<version>` holds the name of the worker that folds; it expires LEASE_MS
-after that worker's last commit or claim. The name is the fencing token: the commit function refuses any
-other one while the lease stands, and renews it for its holder. So a worker that was paused, and
+after that worker's last commit or claim. The name is the fencing token: the commit function refuses
+any other one while the lease stands, and renews it for its holder. So a worker that was paused, and
 was taken for dead, commits nothing once another has begun; a dead one's tenants are free LEASE_MS
 after its last commit.
 
