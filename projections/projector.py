@@ -20,7 +20,7 @@ from typing import Final
 from ledger import errors, keys
 from ledger.ledger import Ledger
 from ledger.server import pack
-from ledger.stream import head_command, parse_head
+from ledger.stream import Walk, head_command, parse_head
 from projections.lease import Leases, worker_name
 from projections.projection import Projection
 from projections.registry import configured
@@ -451,35 +451,33 @@ class Projector:
         self, live: TenantFold, store: FoldStore, on_progress: Progress | None
     ) -> int:
         await store.discard()
-        await store.accept_quarantined(await store.quarantined())
         fold = TenantFold(self.server, live.tenant, live.projection, store)
         fold.published_at = float("inf")  # readers keep the old one until this one is whole
         folded = await self._catch_up(fold, on_progress)
         assert fold.committed is not None
         await store.adopt(fold.committed)
         live.forget()
-        published = await store.read_published()
-        head = await self.ledger.head(live.tenant)
-        ahead = published is not None and published.seq > head.seq  # nobody folded that
         # By the live fold: what is adopted lies under the live keys, agents' entities too.
         await live.begin()
-        await live.publish(self._ttl_seconds, replaces="any" if ahead else "equal", whole=True)
+        await live.publish(self._ttl_seconds, anew=True, whole=True)
         return folded
 
     async def _check_rollback(self, live: TenantFold) -> None:
         """Raises LedgerRolledBack where what is committed cannot be gone on from."""
-        live.forget()
-        walk = await live.begin()
+        position = await live.store.position()
+        if position is None:
+            return
+        walk = Walk(self.server, live.tenant)
+        await walk.start_at(position)
         async with aclosing(walk.pages()) as pages:
             async for _ in pages:
                 break  # a walk meets another entry in its place with the first page
-        live.forget()
 
     async def _begin_epoch(self, live: TenantFold) -> None:
         """A new epoch, unless the ledger has one that is not what was folded already."""
         head = await self.ledger.head(live.tenant)
-        committed, _ = await live.store.committed()
-        if committed.position is not None and committed.position.epoch == head.epoch:
+        position = await live.store.position()
+        if position is not None and position.epoch == head.epoch:
             on = [keys.decisions(live.tenant), keys.head(live.tenant)]
             new = secrets.token_hex(8)
             await self.server.function("govledger_begin_epoch", on, head.epoch, new)

@@ -22,7 +22,7 @@ from projections.projection import (
     Projection,
     Unfoldable,
 )
-from projections.store import Committed, FoldStore, Replaces, Standing
+from projections.store import Committed, FoldStore, Standing
 from projections.subjects import Subjects, latest
 
 __all__ = ["TenantFold"]
@@ -299,47 +299,55 @@ class TenantFold:
             self._standing = await self.store.standing(), now
         return self._standing[0]
 
-    async def publish(
-        self, ttl_seconds: int, *, replaces: Replaces = "older", whole: bool = False
-    ) -> None:
+    async def publish(self, ttl_seconds: int, *, anew: bool = False, whole: bool = False) -> None:
         """Puts the copies that readers take, if this is the version that they take; of entities'
         copies a thousand, or the `whole`. A newer version takes over here, when it has caught up;
-        the first one at once.
+        the first one at once. `anew`: the fold was rebuilt.
         """
         if self.committed is None or self.committed.position is None:
             return
         standing = await self.standing()
         if standing is Standing.SUPERSEDED or (standing is Standing.NEXT and self.is_behind):
             return
-        if standing is Standing.PINNED and replaces == "older":
-            replaces = "pinned"
-        await self.store.publish(self.committed, self.state, ttl_seconds, replaces=replaces)
+        if self._marked is not None and not await self._unmark():
+            return
+        await self.store.publish(self.committed, self.state, ttl_seconds, anew=anew)
         while self._copies is not None and self._copies.are_due:
-            await self._copies.publish(self.committed, self._entities, ttl_seconds, replaces)
+            await self._copies.publish(self.committed, self._entities, ttl_seconds, anew=anew)
             if not whole:
                 break
         if standing is Standing.NEXT or not self.published_at:
             await self.store.activate()
             self._standing = None
-        if self._marked is not None:
-            await self.store.mark_stopped(None)
-            self._marked = None
         self.published_at = time.monotonic()
+
+    async def _unmark(self) -> bool:
+        """Takes back that the fold has stopped; False where another worker goes on with it."""
+        assert self.committed is not None
+        try:
+            await self.store.mark_stopped(self.committed, None)
+        except errors.CommitConflict as error:
+            _log.debug("%s", error)
+            self.forget()
+            return False
+        self._marked = None
+        return True
 
     async def show_stopped(self, reason: str, ttl_seconds: int) -> None:
         """Tells readers why what they read does not go on; the next publish takes it back."""
         if self._marked == reason:
             return
-        committed, state = await self.store.committed()
-        if self._left is None or committed.token != self._left.token:  # others go on with it
+        found, left = await self.store.whole_commit(), self.committed or self._left
+        if found is None or left is None or found[0].token != left.token:
+            return  # others go on with it
+        committed, state = found
+        try:
+            await self.store.mark_stopped(committed, reason)
+        except errors.CommitConflict as error:
+            _log.debug("%s", error)  # others go on with it
             return
-        if committed.position is None:
-            return
-        await self.store.mark_stopped(reason)
         if await self.standing() in (Standing.ACTIVE, Standing.PINNED):
-            await self.store.publish(
-                committed, state, ttl_seconds, replaces="equal", stopped=reason
-            )
+            await self.store.publish(committed, state, ttl_seconds, stopped=reason)
         self._marked = reason
 
 

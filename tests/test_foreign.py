@@ -590,9 +590,10 @@ async def test_an_unannounced_rollback_is_noticed(fresh_server, tenant, tmp_path
             await read_from(book, tenant, last.position)
 
 
-async def with_two_histories(book, server, tenant):
-    """A position in one history, and now another one in its place: what was recorded by a node
-    whose clock was behind, under the same epoch and the same ordinals, and went past it since.
+async def with_two_histories(book, server, tenant, *, meanwhile=None):
+    """A walk to, and a position in, one history, and now another one in its place: what was
+    recorded by a node whose clock was behind, under the same epoch and the same ordinals, and went
+    past it since. `meanwhile` is awaited while the first one stands.
     """
     record = (keys.decisions(tenant), keys.head(tenant), keys.index(tenant))
     with server.client() as client:
@@ -609,6 +610,8 @@ async def with_two_histories(book, server, tenant):
         last = await append(book, tenant, *"xy")
         await walk.refresh()
         assert [entry.id async for page in walk.pages() for entry in page] == list("abcxy")
+        if meanwhile is not None:
+            await meanwhile()
         for key, value in other.items():
             client.restore(key, 0, value, replace=True)
     assert (await append(book, tenant, "f")).seq == 6
@@ -620,10 +623,10 @@ async def test_a_history_that_goes_on_from_another_entry_is_noticed(book, server
     ordinal lies behind it: neither by a new walk nor by one that was there before the failover.
     """
     walk, position = await with_two_histories(book, server, tenant)
-    with pytest.raises(errors.LedgerRolledBack, match="lies entry .*-5"):
+    with pytest.raises(errors.LedgerRolledBack, match=r"lies entry .*-5"):
         await read_from(book, tenant, position)
     await walk.refresh()
-    with pytest.raises(errors.LedgerRolledBack, match="lies entry .*-5"):
+    with pytest.raises(errors.LedgerRolledBack, match=r"lies entry .*-5"):
         [page async for page in walk.pages()]
     assert await read_until_hole(book, tenant) == ([1, 2, 3, 4, 5, 6], None)
 

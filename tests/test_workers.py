@@ -188,10 +188,10 @@ async def test_while_a_lease_stands_nobody_else_commits(ledger, tenant):
     """The commit itself refuses a worker that is not the lease's holder, and names the holder."""
     await ledger.append(tenant, decision(1))
     holder, other = Projector(ledger, [Tally()]), Projector(ledger, [Tally()])
-    await holder._leases.take(tenant)
     fold = other._fold_of(tenant, other.projections[0])
     walk = await fold.begin()
     pages = [page async for page in walk.pages()]
+    await holder._leases.take(tenant)
     with pytest.raises(errors.LeaseHeld, match=holder.worker) as caught:
         await fold.fold_page(walk, pages[0])
     assert caught.value.facts["left_ms"] > 0
