@@ -105,23 +105,24 @@ class Leases:
             LeaseHeld: other workers fold all of them.
         """
         now = time.monotonic()
-        held = self._held.get(tenant)
+        held, others = self._held.get(tenant), self._others.get(tenant)
         if held is not None and held.until - now > _RENEW_BEFORE_S:
-            return held.names
+            if held.names == self._versions.keys() or (others and others.until > now):
+                return held.names  # the rest is still others'
         answers = await self._server.function(
             "govledger_lease", self._keys(tenant), self.worker, LEASE_MS
         )
         told = dict(zip(self._versions, answers, strict=True))
-        others = {name: answer for name, answer in told.items() if answer[0]}
-        names = frozenset(told.keys() - others.keys())
+        refused = {name: answer for name, answer in told.items() if answer[0]}
+        names = frozenset(told.keys() - refused.keys())
         self._held.pop(tenant, None)
         self._others.pop(tenant, None)
         if names:
             self._held[tenant] = _Held(names, now + LEASE_MS / 1000)
-        for name, (_, left_ms) in others.items():
+        for name, (_, left_ms) in refused.items():
             self.lose(tenant, name, left_ms)
         if not names:
-            name, (holder, left_ms) = next(iter(others.items()))
+            name, (holder, left_ms) = next(iter(refused.items()))
             raise lease_held(tenant, name, holder.decode(errors="replace"), left_ms)
         return names
 
