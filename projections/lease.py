@@ -106,9 +106,10 @@ class Leases:
         """
         now = time.monotonic()
         held, others = self._held.get(tenant), self._others.get(tenant)
-        if held is not None and held.until - now > _RENEW_BEFORE_S:
-            if held.names == self._versions.keys() or (others and others.until > now):
-                return held.names  # the rest is still others'
+        is_known = others is not None and others.until > now  # that others have the rest
+        is_whole = held is not None and held.names == self._versions.keys()
+        if held is not None and held.until - now > _RENEW_BEFORE_S and (is_whole or is_known):
+            return held.names
         answers = await self._server.function(
             "govledger_lease", self._keys(tenant), self.worker, LEASE_MS
         )

@@ -19,7 +19,7 @@ from projections import projector as projector_module
 from projections.store import FoldStore, Standing, encode_entity
 from projections.tenant_fold import TenantFold
 from tests.commands import GOVLEDGER, environment, run
-from tests.governance_reference import published, reference
+from tests.governance_reference import expected, published
 from tests.servers import wait_until
 from tests.test_projector import Counter
 
@@ -164,10 +164,10 @@ async def test_a_worker_that_stops_at_any_step_is_taken_over_and_counts_are_exac
         assert code == (-signal.SIGKILL if how == "SIGKILL" else 0), worker.stderr.read()
     for name in tenants.values():
         entries = [entry async for entry in ledger.replay(name)]
-        expected = reference([(entry.recorded_ms, entry.event) for entry in entries])
         state = await StateReader(ledger).state(name)
         assert state.seq == len(entries)
-        assert published(state.value, 0) == expected
+        recorded = [(entry.recorded_ms, entry.event) for entry in entries]
+        assert published(state.value, 0) == expected(recorded, state.value)
 
 
 async def test_a_dead_workers_tenants_are_taken_over(ledger, valkey, tenant, spawn):
