@@ -434,9 +434,10 @@ class FoldStore:
         packed = [pack("HGET", self._key, "position"), pack("HGET", key, name)]
         replies = await self._server.exchange(self._key, packed, len(packed))
         position, entity = [self._server.checked(reply) for reply in replies]
-        if position is None:
+        at = parse_position(position)
+        if at is None:
             return None, None
-        return Position.parse(position.decode()), orjson.loads(entity) if entity else None
+        return at, orjson.loads(entity) if entity else None
 
     async def discard(self, seen: bytes | None = None) -> None:
         """Deletes everything that this store has committed.
