@@ -419,18 +419,22 @@ end
 local function committed_at(key)
   local at = call('HMGET', key, 'position', 'build')
   if not at[1] then return '' end
-  return at[1] .. ' ' .. at[2]
+  return at[1] .. ' ' .. (at[2] or '')
 end
 
 -- Who folds is written in the lease, a string that expires. Its holder's own name is the fencing
 -- token: as long as another one stands there, nothing is committed.
-local function take_lease(key, worker, lease_ms)
+local function other_holder(key, worker, lease_ms)
   local holder = call('GET', key)
-  if holder and holder ~= worker then
-    local left_ms = call('PTTL', key)
-    -- What never expires, or later than any lease, is none.
-    if left_ms >= 0 and left_ms <= tonumber(lease_ms) then return holder, left_ms end
-  end
+  if not holder or holder == worker then return nil end
+  local left_ms = call('PTTL', key)
+  -- What never expires, or later than any lease, is none.
+  if left_ms >= 0 and left_ms <= tonumber(lease_ms) then return holder, left_ms end
+end
+
+local function take_lease(key, worker, lease_ms)
+  local holder, left_ms = other_holder(key, worker, lease_ms)
+  if holder then return holder, left_ms end
   call('SET', key, worker, 'PX', lease_ms)
 end
 
@@ -539,15 +543,27 @@ local function drop_snapshot(keys, args)
   return ''
 end
 
+-- A version's entries of the quarantine list, which all projections share, are replaced.
+local function adopt_quarantined(list, rebuilt, prefix)
+  for _, field in ipairs(call('HKEYS', list)) do
+    if string.sub(field, 1, #prefix) == prefix then call('HDEL', list, field) end
+  end
+  local found = call('HGETALL', rebuilt)
+  for i = 1, #found, 2 do call('HSET', list, found[i], found[i + 1]) end
+  call('UNLINK', rebuilt)
+end
+
 -- Puts a rebuilt projection in the place of the old one. KEYS: pairs of old and rebuilt key, the
--- projection's hashes first. ARGV: protocol, position and build of the rebuilt one.
+-- projection's hashes first, the quarantine lists last. ARGV: protocol, position and build of the
+-- rebuilt one, what the fields of its version begin with in the quarantine list.
 local function adopt(keys, args)
   local refusal = protocol_refusal(args[1])
   if refusal then return refusal end
   if committed_at(keys[1]) == args[2] then return 1 end  -- our own call, whose answer was lost
   local rebuilt = committed_at(keys[2])
   if rebuilt ~= args[2] then return refuse('LEDGERPOSITION', rebuilt) end
-  for i = 1, #keys, 2 do
+  adopt_quarantined(keys[#keys - 1], keys[#keys], args[3])
+  for i = 1, #keys - 2, 2 do
     if call('EXISTS', keys[i + 1]) == 1 then
       call('RENAME', keys[i + 1], keys[i])
     else
@@ -558,30 +574,29 @@ local function adopt(keys, args)
 end
 
 -- Everything after the value in an envelope that `publish` wrote; anchored, as a value can hold anything.
-local ENVELOPE_TAIL = '"createdAt":"([^"]*)","updatedAt":"[^"]*","metadata":{"epoch":"(%x+)",'
-  .. '"position":"[^"]*","seq":(%d+),"projection":"[^"{}]*","version":(%d+)([^{}]*)}}$'
+local ENVELOPE_TAIL = '("createdAt":"([^"]*)","updatedAt":"[^"]*","metadata":{"epoch":"(%x+)",'
+  .. '"position":"[^"]*","seq":(%d+),"projection":"[^"{}]*","version":(%d+)[^{}]*}})$'
 local ENVELOPE_TAIL_BYTES = 600
-local PUBLISHED, OTHER_EPOCH, OVERTAKEN, NOBODY_TOLD = 1, 2, 0, 3
+local PUBLISHED, NOBODY_TOLD = 1, 2
 
 -- KEYS: the published key. ARGV: protocol, value, now as ISO 8601, epoch, seq, version, metadata, TTL in
--- s (0 = none), then what may be replaced: `older`, `equal` too, any of a later version (`pinned`), or
--- `any`. What is there and equal has its TTL renewed.
+-- s (0 = none), and the tail that was seen there ('' = none). What is older, of the same epoch and
+-- version, is replaced; of the same seq it has its TTL renewed. Anything else of ours only while its tail
+-- is the one that was seen: that is answered, for the caller to look whether it may be replaced.
 local function publish(keys, args)
   local refusal = protocol_refusal(args[1])
   if refusal then return refusal end
   local tail = redis.pcall('GETRANGE', keys[1], -ENVELOPE_TAIL_BYTES, -1)
   if type(tail) ~= 'string' then tail = '' end  -- another type of key: SET replaces it
-  local created, epoch, seq, version, more = string.match(tail, ENVELOPE_TAIL)
+  local there, created, epoch, seq, version = string.match(tail, ENVELOPE_TAIL)
   local ttl = tonumber(args[8])
-  if created and args[9] ~= 'any' then
-    if epoch ~= args[4] then return OTHER_EPOCH end
+  if there and there ~= args[9] then
+    local same_fold = epoch == args[4] and version == args[6]
     local ahead = tonumber(seq) - tonumber(args[5])
-    local newer = tonumber(version) - tonumber(args[6])
-    if newer > 0 and args[9] ~= 'pinned' then return OVERTAKEN end
-    if ahead > 0 and newer <= 0 then return OVERTAKEN end
-    if ahead == 0 and newer == 0 and more == '' and args[9] ~= 'equal' then
+    if not same_fold or ahead > 0 then return there end
+    if ahead == 0 then
       if ttl > 0 then call('EXPIRE', keys[1], ttl) else call('PERSIST', keys[1]) end
-      return PUBLISHED
+      return there
     end
   end
   local envelope = '{"value":' .. args[2] .. ',"createdAt":"' .. (created or args[3])
@@ -735,6 +750,61 @@ local function new_epoch(keys, args)
   return 1
 end
 
+-- What is done to a projection beside its commits is refused as they are: where something else is
+-- committed than the caller saw, or another worker folds it.
+local function fence_refusal(keys, args, committed)
+  if committed ~= args[2] then return refuse('LEDGERPOSITION', committed) end
+  local holder, left_ms = other_holder(keys[2], args[3], args[4])
+  if holder then return refuse('LEDGERLEASE', left_ms, holder) end
+end
+
+-- Deletes a fold. KEYS: a projection's hash, its lease, then all that belongs to the fold. ARGV:
+-- protocol, position and build that were seen ('' = none), worker, lease in ms. Where nothing is
+-- committed, what is there belongs to nothing.
+local DISCARD_A_CALL = 1000  -- `unpack` fails at 8,000
+local function discard(keys, args)
+  local refusal = protocol_refusal(args[1])
+  if refusal then return refusal end
+  local committed = committed_at(keys[1])
+  refusal = fence_refusal(keys, args, committed == '' and args[2] or committed)
+  if refusal then return refusal end
+  call('UNLINK', keys[1])
+  for i = 3, #keys, DISCARD_A_CALL do
+    call('UNLINK', unpack(keys, i, math.min(i + DISCARD_A_CALL - 1, #keys)))
+  end
+  return 1
+end
+
+-- Sets a mark beside what is committed. KEYS: a projection's hash, its lease. ARGV: protocol, position
+-- and build that it is about, worker, lease in ms, the mark's name, its value ('' = none).
+local function mark(keys, args)
+  local refusal = protocol_refusal(args[1])
+  if refusal then return refusal end
+  refusal = fence_refusal(keys, args, committed_at(keys[1]))
+  if refusal then return refusal end
+  if args[6] == '' then
+    call('HDEL', keys[1], args[5])
+  else
+    call('HSET', keys[1], args[5], args[6])
+  end
+  return 1
+end
+
+-- Makes readers take a version, unless they take a later one, or one that a command has pinned. KEYS:
+-- which versions are active. ARGV: protocol, the projection's name, version.
+local function activate(keys, args)
+  local refusal = protocol_refusal(args[1])
+  if refusal then return refusal end
+  local active = call('HMGET', keys[1], args[2], args[2] .. ':pinned')
+  local now = tonumber(active[1] or '')
+  if active[2] or (now and now >= tonumber(args[3])) then return 0 end
+  call('HSET', keys[1], args[2], args[3])
+  return 1
+end
+
+redis.register_function('govledger_discard', discard)
+redis.register_function('govledger_mark', mark)
+redis.register_function('govledger_activate', activate)
 redis.register_function('govledger_append', append)
 redis.register_function('govledger_notice', notice)
 redis.register_function('govledger_finish_reindex', finish_reindex)

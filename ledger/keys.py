@@ -199,9 +199,12 @@ def projection_quarantine(tenant: str) -> str:
     return f"{LEDGER}:{{{tenant}}}:projection:quarantine"
 
 
-def lease(tenant: str, name: str) -> str:
-    """String: the worker that folds a projection now. Expires 5 s after its last commit."""
-    return f"{LEDGER}:{{{tenant}}}:lease:{name}"
+def lease(tenant: str, name: str, version: int, *, rebuild: bool = False) -> str:
+    """String: the worker that folds this version of a projection now, or builds it anew beside it.
+    Expires 5 s after its last commit.
+    """
+    key = f"{LEDGER}:{{{tenant}}}:lease:{name}@{version}"
+    return f"{key}:rebuild" if rebuild else key
 
 
 def snapshots(tenant: str, name: str, version: int) -> str:

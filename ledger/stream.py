@@ -3,6 +3,9 @@
 An entry's ordinal (`seq`) is the second half of its id. Entries that the append function did not
 write are foreign: they are registered in `governance:head` with the ordinals that they consume, are
 named to the log, and are never handed out as events. A hole in the ordinals is `EntriesMissing`.
+
+Each page is read from the last entry before it, that one included. Where it is not there any more,
+and nobody has deleted it, the ledger is another one than what was read: `LedgerRolledBack`.
 """
 
 from __future__ import annotations
@@ -394,6 +397,8 @@ async def raw_pages(
 class _Page:
     entries: list[list[Any]]
     head: Head
+    lost: bool = False
+    """Whether the entry that it was to be read from is not there."""
 
 
 class Walk:
@@ -408,6 +413,7 @@ class Walk:
         self.incidents: list[Incident] = []
         self._stream = keys.decisions(tenant)
         self._cursor = "0-0"
+        self._at_entry = False  # whether an entry was read there, or else it is just a place
         self._exact = True  # whether the next own ordinal must be self.seq + 1
         self._skip_to = 0
         self._ranges: list[tuple[tuple[int, int], tuple[int, int], Incident]] = []
@@ -457,7 +463,7 @@ class Walk:
 
         Raises:
             LedgerRolledBack: the ledger is of another epoch or is behind the position; `pages` too,
-                where it has another entry in that place.
+                where the position's entry is not in it.
         """
         head = await read_head(self.server, self.tenant)
         if head.epoch != position.epoch or head.seq < position.seq:
@@ -467,6 +473,7 @@ class Walk:
                 tenant=self.tenant,
             )
         self.head, self.seq, self._cursor = head, position.seq, position.entry_id
+        self._at_entry = position.seq > 0
 
     async def start_at_time(self, since_ms: int) -> None:
         """Begin at the first entry recorded at or after `since_ms`."""
@@ -521,11 +528,16 @@ class Walk:
         goal, ahead = self.head.seq, None
         self._unregistered = self._broken = None
         try:
-            page = await self._fetch(self._cursor, end)
-            while page.entries:
+            page = await self._fetch(self._cursor, end, at_entry=self._at_entry)
+            while True:
+                if page.lost:
+                    await self._check_lost(page)
+                if not page.entries:
+                    break
                 more = len(page.entries) == self.page_entries
                 if more:
-                    ahead = asyncio.ensure_future(self._fetch(page.entries[-1][0].decode(), end))
+                    last_id = page.entries[-1][0].decode()
+                    ahead = asyncio.ensure_future(self._fetch(last_id, end, at_entry=True))
                     await asyncio.sleep(0)  # so that it is sent now, not when we next wait
                 entries = await self._numbered(page)
                 if entries:
@@ -558,14 +570,78 @@ class Walk:
     def _last_seen(self) -> str:
         return max(self._cursor, self._unregistered or "0-0", key=split_id)
 
-    async def _fetch(self, after_id: str, end: str) -> _Page:
+    async def _fetch(self, after_id: str, end: str, *, at_entry: bool) -> _Page:
+        at_entry = at_entry and (end == "+" or split_id(after_id) <= split_id(end))
+        start, count = after_id if at_entry else f"({after_id}", self.page_entries + at_entry
         packed = [
-            pack("XRANGE", self._stream, f"({after_id}", end, "COUNT", self.page_entries),
+            pack("XRANGE", self._stream, start, end, "COUNT", count),
             head_command(self.tenant),  # read after the entries, so it covers them
         ]
         replies: list[Reply] = await self.server.exchange(self._stream, packed, 2)
-        entries, head = (self.server.checked(reply) for reply in replies)
-        return _Page(entries, parse_head(self.tenant, head))
+        entries, raw_head = (self.server.checked(reply) for reply in replies)
+        head = parse_head(self.tenant, raw_head)
+        if not at_entry:
+            return _Page(entries, head)
+        if entries and entries[0][0] == after_id.encode():
+            del entries[0]
+            return _Page(entries, head)
+        del entries[self.page_entries :]
+        return _Page(entries, head, lost=True)
+
+    async def _check_lost(self, page: _Page) -> None:
+        """The entry that was read last is not there: deleted, or of a history that is no more.
+
+        After a failover to a node whose clock was behind, new entries may lie at ids round it, so
+        the ordinals behind it may be what was to be expected.
+        """
+        self._accept(page.head)
+        if page.head.incidents > len(self.incidents):
+            await self._read_incidents(page.head)
+        before = await self._own_before(self._cursor)
+        if before is not None and before[1] >= self.seq:
+            time_ms, seq = before
+            raise self._rolled_back(page.head, f"before that place lies entry {time_ms}-{seq}")
+        if not (self._was_registered_gone() or await self._was_deleted()):
+            raise self._rolled_back(page.head, "that entry is not there, and nobody deleted it")
+
+    async def _own_before(self, entry_id: str) -> tuple[int, int] | None:
+        """The nearest entry of ours below the id; None where there is none."""
+        end = f"({entry_id}"
+        while True:
+            page = await self.server.command(
+                self._stream, "XREVRANGE", self._stream, end, "-", "COUNT", 1
+            )
+            if not page:
+                return None
+            at = split_id(page[0][0])
+            firsts = [first for first, last, _ in self._ranges if first <= at <= last]
+            if not firsts and len(page[0][1]) == _ENTRY_FIELDS:
+                return at
+            time_ms, seq = min([at, *firsts])
+            if (time_ms, seq) == (0, 0):
+                return None
+            end = f"({time_ms}-{seq}"
+
+    def _was_registered_gone(self) -> bool:
+        """Whether the head knows that entries were deleted when its last one was not before ours.
+
+        It knows how many, not which.
+        """
+        kinds = ("missing", "recreated")
+        return any(one.kind in kinds and one.seq >= self.seq for one in self.incidents)
+
+    async def _was_deleted(self) -> bool:
+        """Whether the stream itself says that entries were deleted there, or all up to there."""
+        (reply,) = await self.server.exchange(
+            self._stream, [pack("XINFO", "STREAM", self._stream)], 1
+        )
+        if isinstance(reply, Exception) and "no such key" in str(reply):
+            return True  # what is missing is told by `pages`
+        about, at = self.server.checked(reply), split_id(self._cursor)
+        first = about[b"first-entry"]
+        if first is None or split_id(first[0]) > at:
+            return True
+        return split_id(about[b"max-deleted-entry-id"]) >= at
 
     def _accept(self, head: Head) -> None:
         if not head.epoch and self.head.epoch:
@@ -596,6 +672,7 @@ class Walk:
         if not (dense and whole and known) or self._meets_incident(ids[0]):
             return self._numbered_one_by_one(page)
         self.seq, self._cursor, self._exact = seqs[-1], ids[-1].decode(), True
+        self._at_entry = True
         return list(map(Entry, repeat(self.tenant), seqs, ids, fields))
 
     def _numbered_one_by_one(self, page: _Page) -> list[Entry]:
@@ -619,6 +696,7 @@ class Walk:
                 break
             foreign = incident is not None or len(fields) != _ENTRY_FIELDS
             self.seq, self._cursor, self._exact = seq, raw_id.decode(), True
+            self._at_entry = True
             if seq > self._skip_to:
                 entries.append(Entry(self.tenant, seq, raw_id, fields, foreign=foreign))
         return entries

@@ -131,7 +131,8 @@ class StateCache:
         """
         entry = self._entry(tenant)
         for _ in range(3):
-            if entry.failure is None or _now() - entry.failed_at >= self._max_stale_s:
+            lately = _now() - entry.failed_at < self._max_stale_s
+            if not (lately and isinstance(entry.failure, errors.Unavailable)):
                 await asyncio.shield(self._refresh(entry))
             if entry.failure is not None:
                 raise self._failed(entry) from entry.failure.__cause__
@@ -266,8 +267,7 @@ class StateCache:
     def _failed(self, entry: _Entry) -> errors.LedgerError:
         error = entry.failure
         if error is not None and not isinstance(error, errors.Unavailable):
-            entry.failed_at = float("-inf")  # the next caller looks again
-            return error
+            return error  # the next caller looks again
         last = entry.state
         known = "nothing was read before"
         if last is not None:

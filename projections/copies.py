@@ -8,6 +8,7 @@ way bounds memory: where too many copies are due, they are forgotten and found a
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from contextlib import aclosing
 from typing import Any, Final
@@ -17,7 +18,7 @@ from ledger.server import Server
 from ledger.stream import Walk
 from projections.bodies import names_of
 from projections.projection import CopiedEntities, Entities
-from projections.store import Committed, FoldStore, Replaces
+from projections.store import Committed, FoldStore
 
 __all__ = ["COPIES_AT_ONCE", "EntityCopies"]
 
@@ -26,6 +27,8 @@ COPIES_AT_ONCE: Final = 1000
 
 _DUE_LIMIT: Final = 32 * COPIES_AT_ONCE
 """Some 3 MiB of names."""
+
+_log = logging.getLogger("ledger")
 
 
 class EntityCopies:
@@ -69,9 +72,10 @@ class EntityCopies:
         return self._seq - self._mark >= COPIES_AT_ONCE
 
     async def publish(
-        self, committed: Committed, at_hand: Entities, ttl_seconds: int, replaces: Replaces
+        self, committed: Committed, at_hand: Entities, ttl_seconds: int, *, anew: bool
     ) -> None:
         """Puts up to a thousand copies that are due, the oldest first; then moves the mark.
+        `anew`: the fold was rebuilt, so copies of the same seq are replaced too.
 
         Raises:
             LedgerRolledBack, EntriesMissing: the entries that name what is due are not there.
@@ -89,11 +93,14 @@ class EntityCopies:
             at_hand | await self._store.load(dict.fromkeys(missing, 0)) if missing else at_hand
         )
         values = self._values(names, entities)
-        await self._store.publish_entities(committed, values, ttl_seconds, replaces)
+        await self._store.publish_entities(committed, values, ttl_seconds, anew=anew)
         for name in names:
             self._due.pop(name, None)
         if seq > self._mark:
-            await self._store.mark_copies(committed, seq)
+            try:
+                await self._store.mark_copies(committed, seq)
+            except errors.CommitConflict as error:
+                _log.debug("%s", error)  # who folds it moves the mark itself
             self._mark, self._noted_after = seq, max(seq, self._noted_after)
         if self._mark >= self._noted_after:
             self._walk = None

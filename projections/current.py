@@ -8,8 +8,7 @@ a state that is ahead of it, or of another epoch, is of a history that is no mor
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
-from zlib import crc32
+from typing import NamedTuple
 
 import orjson
 
@@ -17,11 +16,11 @@ from ledger import errors, keys
 from ledger.server import Reply, Server, pack
 from ledger.stream import Head, Position, head_command, parse_head
 from projections.governance import Governance
-from projections.projection import STATE, Projection
+from projections.projection import STATE
 from projections.state_model import GovernanceState, governance_of, published_governance
-from projections.store import BUCKETS, STOPPED
+from projections.store import STOPPED, parse_position
 
-__all__ = ["Current", "Token", "read_current", "read_entity", "read_tokens"]
+__all__ = ["Current", "Token", "read_current", "read_tokens"]
 
 _TAIL_BYTES = 600
 """Of an envelope: its times and metadata, which each publishing changes."""
@@ -144,16 +143,9 @@ def _committed(server: Server, governance: Governance, active: Reply, reply: Rep
     if version is not None and version != b"%d" % governance.version:
         return _Committed(None, b"", is_active=False)
     position, build = server.checked(reply)
-    at = _position(position)
+    at = parse_position(position)
     raw = b"" if at is None else b"%b %b" % (position, build or b"")
     return _Committed(at, raw, is_active=True)
-
-
-def _position(raw: bytes | None) -> Position | None:
-    try:
-        return None if raw is None else Position.parse(raw.decode())
-    except ValueError:
-        return None  # the projector begins anew there
 
 
 def _epoch(committed: _Committed) -> bytes:
@@ -174,7 +166,7 @@ async def _read_committed(
     packed = [pack("HMGET", key, "position", "build", STATE, STOPPED), head_command(tenant)]
     whole, head = (server.checked(reply) for reply in await server.exchange(key, packed, 2))
     position, build, raw_state, raw_stopped = whole
-    at = _position(position)
+    at = parse_position(position)
     if at is None or raw_state is None:
         return None
     value = governance.view(orjson.loads(raw_state))
@@ -201,15 +193,3 @@ def _rolled_back(tenant: str, how: str) -> errors.LedgerRolledBack:
         f"govledger rebuild {tenant} --accept-rollback takes it as it is",
         tenant=tenant,
     )
-
-
-async def read_entity(
-    server: Server, tenant: str, projection: Projection, name: str
-) -> tuple[Position | None, dict[str, Any] | None]:
-    """A committed entity, None where there is none; and a position that it is not older than."""
-    key = keys.projection(tenant, projection.name, projection.version)
-    bucket = crc32(name.encode()) % BUCKETS
-    on = keys.projection_bucket(tenant, projection.name, projection.version, bucket)
-    packed = [pack("HGET", key, "position"), pack("HGET", on, name)]
-    position, raw = [server.checked(reply) for reply in await server.exchange(key, packed, 2)]
-    return _position(position), None if raw is None else orjson.loads(raw)

@@ -14,7 +14,7 @@ from ledger import errors
 from projections.governance_view import cell_view, rates
 from projections.windows import COLUMNS, WINDOWS, moment, time_text
 
-__all__ = ["ActiveAt", "active_at", "as_of_now"]
+__all__ = ["ActiveAt", "active_at", "as_of_now", "windows_at"]
 
 View = dict[str, Any]
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
@@ -30,7 +30,8 @@ def as_of_now(value: Mapping[str, Any], now: datetime) -> View:
     now_ms = (now - _EPOCH) // timedelta(milliseconds=1)
     if windows is not None:
         now_ms = max(now_ms, _ms(windows["newest_at"]))
-        windows = _windows(windows, now_ms)
+        found = windows_at(windows["buckets"], now_ms)
+        windows = {**windows, **found, "as_of": time_text(now_ms)}
     return {
         **value,
         "windows": windows,
@@ -39,14 +40,15 @@ def as_of_now(value: Mapping[str, Any], now: datetime) -> View:
     }
 
 
-def _windows(windows: View, now_ms: int) -> View:
+def windows_at(buckets: Mapping[str, Any], now_ms: int) -> View:
+    """The windows that end with the bucket of a time, in ms since 1970, by their names."""
     found: View = {}
     for window, (ring, bucket_ms, span) in WINDOWS.items():
         since_ms = (now_ms // bucket_ms - span + 1) * bucket_ms
-        rows = [row[1:] for row in windows["buckets"][ring] if row[0] >= since_ms]
+        rows = [row[1:] for row in buckets[ring] if row[0] >= since_ms]
         cell = [sum(column) for column in zip(*rows, strict=True)] or [0] * COLUMNS
         found[window] = {"since": time_text(since_ms), **cell_view(cell), "rates": rates(cell)}
-    return {**windows, **found, "as_of": time_text(now_ms)}
+    return found
 
 
 def _escalations(escalations: View, now_ms: int) -> View:

@@ -1,10 +1,13 @@
 """Who folds a tenant: a lease in the tenant's own slot, checked by every commit.
 
-The key `lease:<projection>` holds the name of the worker that folds; it expires LEASE_MS after
-that worker's last commit or claim. The name is the fencing token: the commit function refuses any
-other one while the lease stands, and renews it for its holder. So a worker that was paused, and
+The key `lease:<projection>@<version>` holds the name of the worker that folds; it expires LEASE_MS
+after that worker's last commit or claim. The name is the fencing token: the commit function refuses
+any other one while the lease stands, and renews it for its holder. So a worker that was paused, and
 was taken for dead, commits nothing once another has begun; a dead one's tenants are free LEASE_MS
 after its last commit.
+
+Two releases fold two versions of a projection side by side, and share the others: so a worker may
+hold a part of a tenant's leases, and folds that part.
 """
 
 from __future__ import annotations
@@ -14,10 +17,11 @@ import secrets
 import socket
 import time
 from collections.abc import Iterable, Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
 from ledger import errors, keys
 from ledger.server import Server
+from projections.projection import Projection
 
 __all__ = ["LEASE_MS", "Leases", "lease_held", "worker_name"]
 
@@ -42,54 +46,103 @@ def lease_held(tenant: str, name: str, holder: str, left_ms: int) -> errors.Leas
     )
 
 
+class _Held(NamedTuple):
+    """What a worker surely holds of a tenant: projections' names, until a time of its clock."""
+
+    names: frozenset[str]
+    until: float
+
+
+class _Others(NamedTuple):
+    """Until when others hold leases of a tenant, and whether they hold all of them."""
+
+    until: float
+    all: bool
+
+
 class Leases:
     """One worker's leases: those that it surely holds, and those that it knows others hold."""
 
-    def __init__(self, server: Server, worker: str, names: Sequence[str]) -> None:
+    def __init__(
+        self,
+        server: Server,
+        worker: str,
+        projections: Sequence[Projection],
+        *,
+        rebuild: bool = False,
+    ) -> None:
+        """`rebuild`: the leases of those who build a projection anew, beside the live ones."""
         self._server = server
         self.worker = worker
-        self._names = tuple(names)
-        self._sure_until: dict[str, float] = {}
-        self._others_until: dict[str, float] = {}
+        self._versions = {one.name: one.version for one in projections}
+        self._rebuild = rebuild
+        self._held: dict[str, _Held] = {}
+        self._others: dict[str, _Others] = {}
+
+    def _keys(self, tenant: str) -> list[str]:
+        return [
+            keys.lease(tenant, name, version, rebuild=self._rebuild)
+            for name, version in self._versions.items()
+        ]
 
     def held_elsewhere(self, tenant: str) -> bool:
-        """Whether another worker is known to fold the tenant now: nobody need ask."""
-        until = self._others_until.get(tenant)
-        if until is None:
-            return False
-        if until > time.monotonic():
-            return True
-        del self._others_until[tenant]
-        return False
+        """Whether other workers are known to fold all of the tenant now: nobody need ask."""
+        others = self._others.get(tenant)
+        return others is not None and others.all and others.until > time.monotonic()
 
-    async def take(self, tenant: str) -> None:
-        """Claims the tenant, or goes on holding it.
+    def expired(self) -> list[str]:
+        """The tenants of which others' leases may have run out since they were seen, each once."""
+        now = time.monotonic()
+        found = [tenant for tenant, others in self._others.items() if others.until <= now]
+        for tenant in found:
+            del self._others[tenant]
+        return found
+
+    async def take(self, tenant: str) -> frozenset[str]:
+        """Claims the tenant, or goes on holding it; the names of the projections that are held.
 
         Raises:
-            LeaseHeld: another worker folds it.
+            LeaseHeld: other workers fold all of them.
         """
         now = time.monotonic()
-        if self._sure_until.get(tenant, 0) - now > _RENEW_BEFORE_S:
-            return
-        on = [keys.lease(tenant, name) for name in self._names]
-        answers = await self._server.function("govledger_lease", on, self.worker, LEASE_MS)
-        for name, (holder, left_ms) in zip(self._names, answers, strict=True):
-            if holder:
-                held = lease_held(tenant, name, holder.decode(errors="replace"), left_ms)
-                self.lose(tenant, left_ms)
-                raise held
-        self._sure_until[tenant] = now + LEASE_MS / 1000
-        self._others_until.pop(tenant, None)
+        held, others = self._held.get(tenant), self._others.get(tenant)
+        is_known = others is not None and others.until > now  # that others have the rest
+        is_whole = held is not None and held.names == self._versions.keys()
+        if held is not None and held.until - now > _RENEW_BEFORE_S and (is_whole or is_known):
+            return held.names
+        answers = await self._server.function(
+            "govledger_lease", self._keys(tenant), self.worker, LEASE_MS
+        )
+        told = dict(zip(self._versions, answers, strict=True))
+        refused = {name: answer for name, answer in told.items() if answer[0]}
+        names = frozenset(told.keys() - refused.keys())
+        self._held.pop(tenant, None)
+        self._others.pop(tenant, None)
+        if names:
+            self._held[tenant] = _Held(names, now + LEASE_MS / 1000)
+        for name, (_, left_ms) in refused.items():
+            self.lose(tenant, name, left_ms)
+        if not names:
+            name, (holder, left_ms) = next(iter(refused.items()))
+            raise lease_held(tenant, name, holder.decode(errors="replace"), left_ms)
+        return names
 
-    def lose(self, tenant: str, left_ms: int) -> None:
-        """Remembers that another worker holds the tenant."""
-        self._sure_until.pop(tenant, None)
-        self._others_until[tenant] = time.monotonic() + max(left_ms, 1) / 1000
+    def lose(self, tenant: str, name: str, left_ms: int) -> None:
+        """Remembers that another worker holds a projection of the tenant."""
+        held, others = self._held.pop(tenant, None), self._others.get(tenant)
+        left = held.names - {name} if held is not None else frozenset[str]()
+        if held is not None and left:
+            self._held[tenant] = held._replace(names=left)
+        until = time.monotonic() + max(left_ms, 1) / 1000
+        if others is not None:  # whichever runs out first is looked at
+            until = min(until, others.until)
+        self._others[tenant] = _Others(until, all=not left)
 
     async def release(self, tenants: Iterable[str] | None = None) -> None:
         """Gives back what is held, of these tenants or of all, so that others need not wait."""
         now = time.monotonic()
-        for tenant in list(self._sure_until if tenants is None else tenants):
-            if self._sure_until.pop(tenant, 0) > now:
-                on = [keys.lease(tenant, name) for name in self._names]
-                await self._server.function("govledger_release", on, self.worker)
+        if tenants is None:
+            tenants = [tenant for tenant, held in self._held.items() if held.until > now]
+        for tenant in tenants:
+            self._held.pop(tenant, None)
+            await self._server.function("govledger_release", self._keys(tenant), self.worker)

@@ -13,14 +13,14 @@ import logging
 import random
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Container, Iterable, Sequence
 from contextlib import aclosing, suppress
 from typing import Final
 
 from ledger import errors, keys
 from ledger.ledger import Ledger
 from ledger.server import pack
-from ledger.stream import head_command, parse_head
+from ledger.stream import Walk, head_command, parse_head
 from projections.lease import Leases, worker_name
 from projections.projection import Projection
 from projections.registry import configured
@@ -42,6 +42,9 @@ FOLDS_AT_ONCE: Final = 8
 FOLDS_KEPT: Final = 1000
 ATTEMPTS: Final = 5
 HANDOVER_S: Final = 0.05
+TAKEOVER_S: Final = 0.1
+"""How soon after another worker's lease has run out somebody looks whether it has died."""
+
 _log = logging.getLogger("ledger")
 
 Progress = Callable[[str, int], None]
@@ -66,7 +69,7 @@ class Projector:
         self.worker = worker_name()
         self.stopped: dict[str, errors.LedgerError] = {}
         """Tenants that are not folded any more, and why."""
-        self._leases = Leases(self.server, self.worker, [one.name for one in self.projections])
+        self._leases = Leases(self.server, self.worker, self.projections)
         self._folds: dict[tuple[str, str], TenantFold] = {}
         self._ttl_seconds = self.server.settings.memory_default_ttl_seconds
         self._dirty: dict[str, None] = {}
@@ -108,9 +111,10 @@ class Projector:
             raise errors.NotFound(f"no projection is called {name!r}", hint=f"there is: {known}")
         return projection
 
-    async def _folds_of(self, tenant: str) -> list[TenantFold]:
-        """Those of versions that readers take, or will."""
-        folds = [self._fold_of(tenant, projection) for projection in self.projections]
+    async def _folds_of(self, tenant: str, held: Container[str]) -> list[TenantFold]:
+        """Those of versions that readers take, or will, among those whose leases are held."""
+        held_here = [one for one in self.projections if one.name in held]
+        folds = [self._fold_of(tenant, projection) for projection in held_here]
         return [fold for fold in folds if await fold.standing() is not Standing.SUPERSEDED]
 
     # -- once ---------------------------------------------------------------------------------
@@ -153,25 +157,30 @@ class Projector:
     async def _fold_tenant_once(self, tenant: str, on_progress: Progress | None) -> int:
         goal, folded = await self.ledger.head(tenant), 0
         while True:
+            held = frozenset[str]()
             try:
-                await self._leases.take(tenant)
-                folds = await self._folds_of(tenant)
+                held = await self._leases.take(tenant)
+                folds = await self._folds_of(tenant, held)
                 for place, fold in enumerate(folds):
                     count = await self._catch_up(fold, on_progress, followers=folds[place + 1 :])
                     await fold.publish(self._ttl_seconds, whole=True)
                     folded = max(folded, count)
                 await self._leases.release([tenant])
             except errors.LeaseHeld:
-                if await self._is_folded_to(tenant, goal.seq):
-                    return folded
-                await asyncio.sleep(HANDOVER_S)
-            else:
+                held = frozenset()
+            if await self._is_folded_to(tenant, goal.seq, besides=held):
                 return folded
+            await asyncio.sleep(HANDOVER_S)
 
-    async def _is_folded_to(self, tenant: str, seq: int) -> bool:
-        """Whether others have committed at least that far."""
-        stores = [self._fold_of(tenant, projection).store for projection in self.projections]
-        return all([await store.seq() >= seq for store in stores])
+    async def _is_folded_to(self, tenant: str, seq: int, *, besides: Container[str]) -> bool:
+        """Whether others have committed at least that far what is not held here."""
+        for projection in self.projections:
+            fold = self._fold_of(tenant, projection)
+            if projection.name in besides or await fold.standing() is Standing.SUPERSEDED:
+                continue
+            if await fold.store.seq() < seq:
+                return False
+        return True
 
     async def _catch_up(
         self,
@@ -205,7 +214,7 @@ class Projector:
             except errors.LeaseHeld as error:
                 left_ms = error.facts["left_ms"]
                 assert isinstance(left_ms, int)
-                self._leases.lose(fold.tenant, left_ms)
+                self._leases.lose(fold.tenant, fold.projection.name, left_ms)
                 raise
             except errors.CommitConflict as error:
                 overtaken = error
@@ -226,6 +235,7 @@ class Projector:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._listen())
                 tasks.create_task(self._sweep_for_ever())
+                tasks.create_task(self._take_over_for_ever())
                 for _ in range(FOLDS_AT_ONCE):
                     tasks.create_task(self._work())
         finally:
@@ -281,8 +291,8 @@ class Projector:
         try:
             if self._rests(tenant):
                 return
-            await self._leases.take(tenant)
-            folds = await self._folds_of(tenant)
+            held = await self._leases.take(tenant)
+            folds = await self._folds_of(tenant, held)
             for place, fold in enumerate(folds):
                 if not (place and fold.stands_with(folds[0])):
                     await self._catch_up(fold, pages=1, followers=folds[place + 1 :])
@@ -340,6 +350,17 @@ class Projector:
                 _log.warning("sweep: %s", error)
             rest_s = began + SWEEP_INTERVAL_S - time.monotonic()
             await asyncio.sleep(max(rest_s, PUBLISH_INTERVAL_S))
+
+    async def _take_over_for_ever(self) -> None:
+        """What others folded when there was news is looked at as soon as their leases run out."""
+        while True:
+            await asyncio.sleep(TAKEOVER_S)
+            expired = self._leases.expired()
+            for start in range(0, len(expired), SWEEP_TENANTS):
+                try:
+                    self._wake(await self._stale_among(expired[start : start + SWEEP_TENANTS]))
+                except errors.LedgerError as error:  # the sweep finds them
+                    _log.debug("leases that ran out: %s", error)
 
     async def stale_tenants(self) -> list[str]:
         """Tenants whose head is past what is folded, or whose published copy is gone or ageing."""
@@ -420,46 +441,45 @@ class Projector:
             if not accept_rollback:
                 raise
             await self._begin_epoch(live)
-        store = FoldStore(self.server, tenant, projection, worker=self.worker, rebuild=True)
-        await store.claim()
+        leases = Leases(self.server, self.worker, [projection], rebuild=True)
+        await leases.take(tenant)
         try:
+            store = FoldStore(self.server, tenant, projection, worker=self.worker, rebuild=True)
             return await self._rebuild_beside(live, store, on_progress)
         finally:
-            await store.release()
+            await leases.release([tenant])
 
     async def _rebuild_beside(
         self, live: TenantFold, store: FoldStore, on_progress: Progress | None
     ) -> int:
         await store.discard()
-        await store.accept_quarantined(await store.quarantined())
         fold = TenantFold(self.server, live.tenant, live.projection, store)
         fold.published_at = float("inf")  # readers keep the old one until this one is whole
         folded = await self._catch_up(fold, on_progress)
         assert fold.committed is not None
         await store.adopt(fold.committed)
         live.forget()
-        published = await store.read_published()
-        head = await self.ledger.head(live.tenant)
-        ahead = published is not None and published.seq > head.seq  # nobody folded that
         # By the live fold: what is adopted lies under the live keys, agents' entities too.
         await live.begin()
-        await live.publish(self._ttl_seconds, replaces="any" if ahead else "equal", whole=True)
+        await live.publish(self._ttl_seconds, anew=True, whole=True)
         return folded
 
     async def _check_rollback(self, live: TenantFold) -> None:
         """Raises LedgerRolledBack where what is committed cannot be gone on from."""
-        live.forget()
-        walk = await live.begin()
+        position = await live.store.position()
+        if position is None:
+            return
+        walk = Walk(self.server, live.tenant)
+        await walk.start_at(position)
         async with aclosing(walk.pages()) as pages:
             async for _ in pages:
                 break  # a walk meets another entry in its place with the first page
-        live.forget()
 
     async def _begin_epoch(self, live: TenantFold) -> None:
         """A new epoch, unless the ledger has one that is not what was folded already."""
         head = await self.ledger.head(live.tenant)
-        committed, _ = await live.store.committed()
-        if committed.position is not None and committed.position.epoch == head.epoch:
+        position = await live.store.position()
+        if position is not None and position.epoch == head.epoch:
             on = [keys.decisions(live.tenant), keys.head(live.tenant)]
             new = secrets.token_hex(8)
             await self.server.function("govledger_begin_epoch", on, head.epoch, new)

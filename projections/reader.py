@@ -11,7 +11,7 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from datetime import datetime
-from typing import Any, Final, Protocol, Self, runtime_checkable
+from typing import Final, Self
 
 import msgspec
 
@@ -22,10 +22,9 @@ from ledger.server import pack
 from ledger.stream import Entry, Position, find_by_id
 from projections.bodies import Decision, read
 from projections.cache import StateCache
-from projections.current import read_entity
 from projections.governance import Governance
 from projections.history import fold_to
-from projections.projection import DECISION_PREFIX, Projection, Unfoldable
+from projections.projection import DECISION_PREFIX, CopiedEntities, Projection, Unfoldable
 from projections.registry import configured
 from projections.state_model import (
     AgentState,
@@ -46,14 +45,6 @@ _POLL_MIN_S: Final = 0.002
 _POLL_MAX_S: Final = 0.05
 _LOOK_MIN_S: Final = 0.02
 _LOOK_MAX_S: Final = 0.25
-
-
-@runtime_checkable
-class CopiedEntities(Projection, Protocol):
-    """A projection of which entities are published too."""
-
-    def entity_view(self, name: str, entity: dict[str, Any]) -> dict[str, Any]:
-        """The value to publish of an entity."""
 
 
 class StateReader:
@@ -240,7 +231,7 @@ class StateReader:
         agents = self._projections.get("agents")
         if isinstance(agents, CopiedEntities):
             name = f"agent:{agent_id}"
-            position, entity = await read_entity(self._server, tenant, agents, name)
+            position, entity = await FoldStore(self._server, tenant, agents).read_entity(name)
             if position is not None and entity is not None:
                 value = msgspec.convert(agents.entity_view(name, entity), AgentState)
                 return placed(value, tenant, agents.version, position, "committed")
@@ -259,9 +250,8 @@ class StateReader:
             EntriesMissing, IndexBehind: as `Ledger.get`.
         """
         name = DECISION_PREFIX + decision_id
-        position, followed = await read_entity(
-            self._server, keys.checked_tenant(tenant), self._governance, name
-        )
+        store = FoldStore(self._server, keys.checked_tenant(tenant), self._governance)
+        position, followed = await store.read_entity(name)
         entry = await find_by_id(self._server, tenant, decision_id)
         body = None if entry is None else _decision(entry)
         if entry is None or body is None:

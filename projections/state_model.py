@@ -18,8 +18,7 @@ from msgspec import Struct, field
 from msgspec.structs import force_setattr
 
 from ledger.stream import Head, Position
-from projections.governance_now import ActiveAt, active_at
-from projections.windows import HOUR_MS, MINUTE_MS
+from projections.governance_now import ActiveAt, active_at, windows_at
 
 __all__ = [
     "AgentState",
@@ -144,46 +143,9 @@ class Windows(_Section, frozen=True):
         if moment.tzinfo is None:
             raise ValueError(f"now: {now} has no time zone")
         end_ms = int(max(moment, self.newest_at).timestamp() * 1000)
-        columns, buckets = self.buckets.columns[1:], self.buckets
-        return Windows(
-            newest_at=self.newest_at,
-            hour=_window(columns, buckets.minutes, end_ms, MINUTE_MS, 60),
-            day=_window(columns, buckets.hours, end_ms, HOUR_MS, 24),
-            week=_window(columns, buckets.hours, end_ms, HOUR_MS, 7 * 24),
-            buckets=buckets,
-        )
-
-
-def _window(
-    columns: tuple[str, ...],
-    buckets: tuple[tuple[int, ...], ...],
-    end_ms: int,
-    bucket_ms: int,
-    span: int,
-) -> Window:
-    since_ms = (end_ms // bucket_ms - span + 1) * bucket_ms
-    live = [counts for start_ms, *counts in buckets if start_ms >= since_ms]
-    sums = map(sum, zip(*live, strict=True)) if live else [0] * len(columns)
-    counts = dict(zip(columns, sums, strict=True))
-    known = {name: counts[name] for name in Cell.__struct_fields__ if name != "decisions"}
-    decisions = sum(counts[name] for name in Verdicts.__struct_fields__)
-
-    def rate(column: str) -> Rate:
-        share = counts[column] / decisions if decisions else None
-        return Rate(rate=share, numerator=counts[column], denominator=decisions)
-
-    return Window(
-        since=datetime.fromtimestamp(since_ms / 1000, UTC),
-        decisions=decisions,
-        rates=Rates(
-            deny=rate("deny"),
-            escalate=rate("escalate"),
-            warning=rate("warnings"),
-            violation=rate("violations"),
-            override=rate("overridden"),
-        ),
-        **known,
-    )
+        found = windows_at(msgspec.to_builtins(self.buckets), end_ms)
+        hour, day, week = (msgspec.convert(found[name], Window) for name in ("1h", "24h", "7d"))
+        return msgspec.structs.replace(self, hour=hour, day=day, week=week)
 
 
 class Combinations(_Section, frozen=True):

@@ -13,24 +13,21 @@ A copy, with the guide's TTL: `claude-flow:memory:{tenant}:{name}:state` (withou
 from __future__ import annotations
 
 import hashlib
-import logging
 import secrets
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from enum import StrEnum
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, NamedTuple
 from zlib import crc32
 
 import orjson
 
 from ledger import errors, keys
-from ledger.memory import iso_ms
-from ledger.server import LIBRARY_VERSION, Server, pack
+from ledger.server import Server, pack
 from ledger.stream import Head, Position, read_head, split_id
 from projections.lease import LEASE_MS, lease_held, worker_name
 from projections.projection import STATE, Entities, Projection
+from projections.publishing import Copy, Facts, Seen, Standing, put
 from projections.snapshots import (
     FIELD,
     Kept,
@@ -42,7 +39,14 @@ from projections.snapshots import (
     spare,
 )
 
-__all__ = ["Committed", "FoldStore", "PublishedState", "Standing", "encode_entity"]
+__all__ = [
+    "Committed",
+    "FoldStore",
+    "PublishedState",
+    "Standing",
+    "encode_entity",
+    "parse_position",
+]
 
 BUCKETS: Final = 1024
 BUCKETS_A_CALL: Final = 64
@@ -51,11 +55,9 @@ STOPPED: Final = "stopped"
 SNAPSHOT_FIELDS_A_CALL: Final = 1000
 PINNED: Final = ":pinned"
 _TAIL_BYTES: Final = 400
-_OVERTAKEN, _PUBLISHED, _OTHER_EPOCH, _NOBODY_TOLD = 0, 1, 2, 3
-_log = logging.getLogger("ledger")
-Replaces = Literal["older", "equal", "pinned", "any"]
-"""Which published copy may be replaced beside one that is older: one of the same seq, or of a later
-version than the one that a command pinned."""
+PUBLISH_ATTEMPTS: Final = 5
+"""Somebody else has put a copy there between two of them."""
+
 COPIES: Final = "copies"
 
 
@@ -72,21 +74,6 @@ class Committed(NamedTuple):
     def token(self) -> str:
         """What the next commit must find."""
         return f"{self.position} {self.build}" if self.position else ""
-
-
-class Standing(StrEnum):
-    """What a version of a projection is to readers, and so to those who fold it.
-
-    active      the one they take, or the first one
-    pinned      the one they take by command, whatever later one there is
-    next        newer than the one they take: it takes over when it has caught up
-    superseded  older than the one they take, or newer while an older one is pinned: not folded
-    """
-
-    ACTIVE = "active"
-    PINNED = "pinned"
-    NEXT = "next"
-    SUPERSEDED = "superseded"
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,11 +133,13 @@ class FoldStore:
         self.projection = projection
         self._worker = worker or worker_name()
         name = projection.name
-        self._lease = keys.lease(tenant, f"{name}:{REBUILD}" if rebuild else name)
+        self._lease = keys.lease(tenant, name, projection.version, rebuild=rebuild)
         self._active = keys.projection_active(tenant)
         self._live = keys.projection(tenant, projection.name, projection.version)
         self._key = f"{self._live}:{REBUILD}" if rebuild else self._live
-        self._quarantine = keys.projection_quarantine(tenant)
+        quarantine = keys.projection_quarantine(tenant)
+        self._quarantine = f"{self._key}:quarantine" if rebuild else quarantine
+        self._quarantine_prefix = f"{name}@{projection.version}:"
         self._published = keys.published(tenant, projection.name)
         self._rebuild = rebuild
         self._list = list_key(tenant, name, projection.version, rebuild=rebuild)
@@ -164,7 +153,22 @@ class FoldStore:
 
         Where one of them is gone, what is left of the others is deleted, and a new build begins:
         a fold on top of leftovers would count them again.
+
+        Raises:
+            CommitConflict, LeaseHeld: one of them is gone, and another worker is at it.
         """
+        seen, found = await self._read_commit()
+        if found is not None:
+            return found
+        await self.discard(seen)
+        return Committed(None, secrets.token_hex(4)), {}
+
+    async def whole_commit(self) -> tuple[Committed, dict[str, Any]] | None:
+        """The same, and None where one of them is gone; nothing is changed."""
+        return (await self._read_commit())[1]
+
+    async def _read_commit(self) -> tuple[bytes, tuple[Committed, dict[str, Any]] | None]:
+        """What is committed, as functions compare it; and the commit, where it is whole."""
         read = pack("HMGET", self._key, "position", "build", STATE, STOPPED)
         # The list last: who adds to it after that moves the position, so no commit of ours lands.
         replies = await self._server.exchange(self._key, [read, pack("HGETALL", self._list)], 2)
@@ -173,18 +177,19 @@ class FoldStore:
             at = Position.parse(position.decode())
             why = stopped.decode() if stopped else None
             self._snapshots = parse_list(listed)
-            return Committed(at, build.decode(), why), orjson.loads(state)
+            whole = Committed(at, build.decode(), why), orjson.loads(state)
         except (AttributeError, TypeError, ValueError):
-            await self.discard()
-            return Committed(None, secrets.token_hex(4)), {}
+            return _as_compared(position, build), None
+        return _as_compared(position, build), whole
+
+    async def position(self) -> Position | None:
+        """Of the last commit; None where there is none, or somebody damaged it."""
+        return parse_position(await self._server.command(self._key, "HGET", self._key, "position"))
 
     async def seq(self) -> int:
         """The last ordinal that is committed; 0 where nothing is."""
-        raw = await self._server.command(self._key, "HGET", self._key, "position")
-        try:
-            return Position.parse(raw.decode()).seq if raw else 0
-        except ValueError:
-            return 0
+        position = await self.position()
+        return position.seq if position else 0
 
     async def load(self, names: Mapping[str, int]) -> Entities:
         """The named entities that exist; the seq with each, behind which it came to be, is for
@@ -230,7 +235,7 @@ class FoldStore:
         snapshots, state = self._snapshot(on, entities, position, state)
         for seq, reason in quarantined.items():
             on.append(self._quarantine)
-            fields += [len(on), f"{self.projection.name}@{self.projection.version}:{seq}", reason]
+            fields += [len(on), f"{self._quarantine_prefix}{seq}", reason]
         after = Committed(position, before.build)
         try:
             await self._server.function(
@@ -246,7 +251,7 @@ class FoldStore:
                 *fields,
             )
         except errors.ServerError as error:
-            raise self._conflict(before, error) or error from None
+            raise self._conflict(before.token, error) or error from None
         if state:
             self._snapshots.append(Kept(position.seq, position, before.build))
             await self._drop_spare_snapshots(after)
@@ -298,10 +303,10 @@ class FoldStore:
                         SNAPSHOT_FIELDS_A_CALL,
                     )
             except errors.ServerError as error:
-                raise self._conflict(committed, error) or error from None
+                raise self._conflict(committed.token, error) or error from None
             del self._snapshots[place]
 
-    def _conflict(self, before: Committed, error: errors.ServerError) -> errors.LedgerError | None:
+    def _conflict(self, before: str, error: errors.ServerError) -> errors.LedgerError | None:
         _, lease, facts = error.message.partition("LEDGERLEASE ")
         if lease:
             left_ms, _, holder = facts.partition(" ")
@@ -311,9 +316,24 @@ class FoldStore:
             return None
         return errors.CommitConflict(
             f"tenant {self.tenant}: {self.projection.name} is committed at "
-            f"{found.strip() or 'nothing'}, this fold began at {before.token or 'nothing'}",
+            f"{found.strip() or 'nothing'}, this fold began at {before or 'nothing'}",
             hint="another projector folds this tenant too; it goes on from there",
         )
+
+    async def _fenced(
+        self, name: str, on: Sequence[str], seen: bytes | str, *args: bytes | str | int
+    ) -> Any:
+        """A function that does what it does only where nothing else is committed than was seen.
+
+        Raises:
+            CommitConflict: something else is.
+            LeaseHeld: another worker folds this tenant now.
+        """
+        try:
+            return await self._server.function(name, on, seen, *args)
+        except errors.ServerError as error:
+            told = seen.decode(errors="replace") if isinstance(seen, bytes) else seen
+            raise self._conflict(told, error) or error from None
 
     async def publish(
         self,
@@ -321,40 +341,73 @@ class FoldStore:
         state: dict[str, Any],
         ttl_seconds: int,
         *,
-        replaces: Replaces = "older",
+        anew: bool = False,
         stopped: str | None = None,
     ) -> bool:
         """Puts the copy that readers take; False where one is there that it may not replace.
 
-        A copy of another epoch is replaced once the ledger has been asked whether ours is the one
-        that it has.
+        Args:
+            committed: where the fold stands.
+            state: its entity `state`.
+            ttl_seconds: until the copy expires; 0: never.
+            anew: the fold was rebuilt, so a copy of the same seq is replaced too, and one that is
+                ahead of the ledger.
+            stopped: the error that keeps the fold from going on, as it was marked.
         """
-        position = committed.position
+        copy = self._copy(committed, self.projection.view(state), stopped)
+        return await self._publish({self._published: copy}, ttl_seconds, anew=anew)
+
+    async def publish_entities(
+        self,
+        committed: Committed,
+        values: Mapping[str, Mapping[str, Any]],
+        ttl_seconds: int,
+        *,
+        anew: bool = False,
+    ) -> None:
+        """Puts copies of entities, by their keys, in one round trip; later ones stay."""
+        copies = {key: self._copy(committed, value, None) for key, value in values.items()}
+        await self._publish(copies, ttl_seconds, anew=anew)
+
+    def _copy(self, committed: Committed, value: Mapping[str, Any], stopped: str | None) -> Copy:
+        position, version = committed.position, self.projection.version
         assert position is not None
-        value = encode_entity(self.projection.view(state))
-        args = self._publish_args(value, position, ttl_seconds, stopped)
-        return await self._publish(self._published, args, position, replaces)
-
-    def _publish_args(
-        self, value: bytes, position: Position, ttl_seconds: int, stopped: str | None
-    ) -> list[bytes | str | int]:
-        now, version = iso_ms(time.time_ns() // 1_000_000), self.projection.version
         metadata = self._metadata(position, stopped)
-        return [value, now, position.epoch, position.seq, version, metadata, ttl_seconds]
+        return Copy(encode_entity(value), position, version, stopped, metadata)
 
-    async def _publish(
-        self, key: str, args: list[bytes | str | int], position: Position, replaces: Replaces
-    ) -> bool:
-        answer = await self._server.function("govledger_publish", [key], *args, replaces)
-        if answer == _OTHER_EPOCH:
-            head = await read_head(self._server, self.tenant)
-            if head.epoch == position.epoch:
-                answer = await self._server.function("govledger_publish", [key], *args, "any")
-        if answer == _NOBODY_TOLD:
-            _log.debug(
-                "readers are not told of %s, and notice it later: grant the ACL's &%s", key, key
-            )
-        return bool(answer in (_PUBLISHED, _NOBODY_TOLD))
+    async def _publish(self, copies: Mapping[str, Copy], ttl_seconds: int, *, anew: bool) -> bool:
+        """Whether each of them, or its like, is there now."""
+        seen: dict[str, bytes] = {}
+        for _ in range(PUBLISH_ATTEMPTS):
+            found = await put(self._server, copies, seen, ttl_seconds)
+            seen = await self._replaceable(copies, found, anew=anew)
+            if not seen:
+                return all(copies[key].is_like(there) for key, there in found.items())
+            copies = {key: copies[key] for key in seen}
+        return False
+
+    async def _replaceable(
+        self, copies: Mapping[str, Copy], found: Mapping[str, Seen], *, anew: bool
+    ) -> dict[str, bytes]:
+        """The texts of those copies that may be replaced, by what is true by now."""
+        looked_at = {
+            key: there
+            for key, there in found.items()
+            if copies[key].is_worth_a_look(there, anew=anew)
+        }
+        if not looked_at:
+            return {}
+        head, standing = await read_head(self._server, self.tenant), await self.standing()
+        position, stopped = await self._server.command(
+            self._key, "HMGET", self._key, "position", STOPPED
+        )
+        why = stopped.decode(errors="replace") if stopped else None
+        now = Facts(head, standing, parse_position(position), why)
+        return {
+            key: there.text
+            for key, there in looked_at.items()
+            if copies[key].may_replace(there, now, anew=anew)
+        }
 
     def _metadata(self, position: Position, stopped: str | None) -> bytes:
         about: dict[str, Any] = {
@@ -368,31 +421,6 @@ class FoldStore:
 
     # -- entities' copies ---------------------------------------------------------------------
 
-    async def publish_entities(
-        self,
-        committed: Committed,
-        values: Mapping[str, Mapping[str, Any]],
-        ttl_seconds: int,
-        replaces: Replaces,
-    ) -> None:
-        """Puts copies of entities, by their keys, in one round trip; later ones stay."""
-        position, name = committed.position, "govledger_publish"
-        assert position is not None
-        encoded = {key: encode_entity(value) for key, value in values.items()}
-        args = {
-            key: self._publish_args(value, position, ttl_seconds, None)
-            for key, value in encoded.items()
-        }
-        packed = [
-            (key, pack("FCALL", name, 1, key, LIBRARY_VERSION, *args[key], replaces))
-            for key in encoded
-        ]
-        replies = await self._server.exchange_each(packed)
-        for key, reply in zip(encoded, replies, strict=True):
-            # Such as a node without the library, or the copy of another epoch: one by one.
-            if isinstance(reply, Exception) or reply == _OTHER_EPOCH:
-                await self._publish(key, args[key], position, replaces)
-
     async def copies_mark(self, committed: Committed) -> int:
         """Up to which seq every entity's copy is up to date."""
         raw = await self._server.command(self._live, "HGET", self._live, COPIES)
@@ -400,9 +428,16 @@ class FoldStore:
         return int(seq) if build == committed.build and seq.isdecimal() else 0
 
     async def mark_copies(self, committed: Committed, seq: int) -> None:
-        """Says so: of this build, as those of another have other copies."""
-        mark = f"{committed.build} {seq}"
-        await self._server.command(self._live, "HSET", self._live, COPIES, mark)
+        """Says so: of this build, as those of another have other copies.
+
+        Raises:
+            CommitConflict, LeaseHeld: another worker folds this tenant now.
+        """
+        await self._mark(committed, COPIES, f"{committed.build} {seq}")
+
+    async def _mark(self, committed: Committed, name: str, value: str) -> None:
+        args = (self._worker, LEASE_MS, name, value)
+        await self._fenced("govledger_mark", [self._key, self._lease], committed.token, *args)
 
     async def read_entity(self, name: str) -> tuple[Position | None, dict[str, Any] | None]:
         """A committed entity, None where there is none, and a position that it is not older than;
@@ -412,15 +447,32 @@ class FoldStore:
         packed = [pack("HGET", self._key, "position"), pack("HGET", key, name)]
         replies = await self._server.exchange(self._key, packed, len(packed))
         position, entity = [self._server.checked(reply) for reply in replies]
-        if position is None:
+        at = parse_position(position)
+        if at is None:
             return None, None
-        return Position.parse(position.decode()), orjson.loads(entity) if entity else None
+        return at, orjson.loads(entity) if entity else None
 
-    async def discard(self) -> None:
-        """Deletes everything that this store has committed."""
+    async def discard(self, seen: bytes | None = None) -> None:
+        """Deletes everything that this store has committed.
+
+        Args:
+            seen: position and build that it was decided by; default: those of now.
+
+        Raises:
+            CommitConflict, LeaseHeld: another worker is at it.
+        """
+        if seen is None:
+            position, build = await self._server.command(
+                self._key, "HMGET", self._key, "position", "build"
+            )
+            seen = _as_compared(position, build)
         seqs = await self._snapshot_seqs()
         self._snapshots = []
-        await self._server.command(self._key, "UNLINK", *self._all_keys(), *self._kept_keys(seqs))
+        key, *buckets = self._all_keys()
+        on = [key, self._lease, *buckets, *self._kept_keys(seqs)]
+        if self._rebuild:
+            on.append(self._quarantine)
+        await self._fenced("govledger_discard", on, seen, self._worker, LEASE_MS)
 
     async def digest(self) -> str:
         """SHA-256 over every committed entity: equal folds of equal entries have the same."""
@@ -437,38 +489,26 @@ class FoldStore:
         return sha256.hexdigest()
 
     async def adopt(self, committed: Committed) -> None:
-        """Puts this rebuilt state in the place of the live one, in one step."""
+        """Puts this rebuilt state in the place of the live one, its quarantine too, in one step.
+
+        Raises:
+            CommitConflict: somebody else has rebuilt it meanwhile.
+        """
         live = FoldStore(self._server, self.tenant, self.projection)
         seqs = await self._snapshot_seqs() | await live._snapshot_seqs()
         pairs = [
             *zip(live._all_keys(), self._all_keys(), strict=True),
             *zip(live._kept_keys(seqs), self._kept_keys(seqs), strict=True),
+            (live._quarantine, self._quarantine),
         ]
         on = [key for pair in pairs for key in pair]
-        await self._server.function("govledger_adopt", on, committed.token)
-
-    async def claim(self) -> None:
-        """Takes the lease before the first commit does.
-
-        Raises:
-            LeaseHeld: another worker holds it.
-        """
-        ((holder, left_ms),) = await self._server.function(
-            "govledger_lease", [self._lease], self._worker, LEASE_MS
-        )
-        if holder:
-            who = holder.decode(errors="replace")
-            raise lease_held(self.tenant, self.projection.name, who, left_ms)
-
-    async def release(self) -> None:
-        """Gives the lease back, if it is ours."""
-        await self._server.function("govledger_release", [self._lease], self._worker)
+        await self._fenced("govledger_adopt", on, committed.token, self._quarantine_prefix)
 
     # -- quarantine ---------------------------------------------------------------------------
 
     async def quarantined(self) -> dict[int, str]:
         """By seq, why this version could not fold an entry; in order."""
-        prefix = f"{self.projection.name}@{self.projection.version}:"
+        prefix = self._quarantine_prefix
         raw = await self._server.command(self._quarantine, "HGETALL", self._quarantine)
         pairs = raw.items() if isinstance(raw, dict) else zip(raw[::2], raw[1::2], strict=True)
         named = {field.decode(): reason.decode(errors="replace") for field, reason in pairs}
@@ -481,8 +521,7 @@ class FoldStore:
 
     async def accept_quarantined(self, seqs: Iterable[int]) -> int:
         """Takes entries off the list, and nothing else: what they meant is in no count."""
-        name, version = self.projection.name, self.projection.version
-        fields = [f"{name}@{version}:{seq}" for seq in seqs]
+        fields = [f"{self._quarantine_prefix}{seq}" for seq in seqs]
         if not fields:
             return 0
         return int(await self._server.command(self._quarantine, "HDEL", self._quarantine, *fields))
@@ -566,11 +605,11 @@ class FoldStore:
         return self.standing_of(reply)
 
     async def activate(self) -> None:
-        """Makes readers take this version, unless a command has pinned another one meanwhile."""
+        """Makes readers take this version, unless they take a later one, or a command has pinned
+        one.
+        """
         name, version = self.projection.name, self.projection.version
-        if await self.standing() is Standing.SUPERSEDED:
-            return
-        await self._server.command(self._active, "HSET", self._active, name, version)
+        await self._server.function("govledger_activate", [self._active], name, version)
 
     async def pin(self, version: int) -> None:
         """Makes readers take that version, and keeps a later one from taking over by itself,
@@ -597,12 +636,13 @@ class FoldStore:
 
     # -- what stops a fold --------------------------------------------------------------------
 
-    async def mark_stopped(self, reason: str | None) -> None:
-        """Keeps by the committed state why it is not folded any further; None: it is again."""
-        if reason is None:
-            await self._server.command(self._key, "HDEL", self._key, STOPPED)
-        else:
-            await self._server.command(self._key, "HSET", self._key, STOPPED, reason)
+    async def mark_stopped(self, committed: Committed, reason: str | None) -> None:
+        """Keeps by the committed state why it is not folded any further; None: it is again.
+
+        Raises:
+            CommitConflict, LeaseHeld: another worker goes on with it.
+        """
+        await self._mark(committed, STOPPED, reason or "")
 
     # -- what a sweep asks, and who looks ------------------------------------------------------
 
@@ -666,6 +706,19 @@ class FoldStore:
             source="committed",
             stopped=stopped.decode() if stopped else None,
         )
+
+
+def _as_compared(position: bytes | None, build: bytes | None) -> bytes:
+    """What is committed, as functions compare it."""
+    return b"" if position is None else b"%b %b" % (position, build or b"")
+
+
+def parse_position(raw: bytes | None) -> Position | None:
+    """A committed position; None where there is none, or somebody damaged it."""
+    try:
+        return None if raw is None else Position.parse(raw.decode())
+    except ValueError:
+        return None
 
 
 def _feed(sha256: hashlib._Hash, name: bytes, entity: bytes) -> None:

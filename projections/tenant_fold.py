@@ -23,7 +23,7 @@ from projections.projection import (
     Projection,
     Unfoldable,
 )
-from projections.store import Committed, FoldStore, Replaces, Standing
+from projections.store import Committed, FoldStore, Standing
 from projections.subjects import Subjects, latest
 
 __all__ = ["TenantFold"]
@@ -128,6 +128,9 @@ class TenantFold:
 
     def forget(self) -> None:
         """Drops what is in memory: the next fold begins from what is committed."""
+        if self._landing is not None:  # it may land: the next fold begins where it then stands
+            self._landing.commit.add_done_callback(_seen)
+            self._landing = None
         self._left = self.committed or self._left
         self.committed = self._folded = self._walk = None
         self._entities.clear()
@@ -143,6 +146,7 @@ class TenantFold:
         Raises:
             LedgerRolledBack: the ledger is behind, or other than, what is committed.
         """
+        await self.settle()
         if self.committed is None:
             await self._load()
             assert self.committed is not None
@@ -202,15 +206,17 @@ class TenantFold:
         """
         for follower in followers:
             await follower.settle_or_forget()
-        landing, self._landing = self._landing, None
+        landing = self._landing
         if landing is None:
             return
         try:
-            self.committed = await landing.commit
-        except BaseException:
-            await dropped(landing.commit)
+            committed = await landing.commit
+        except Exception:
             self.forget()
             raise
+        if self._landing is not landing:  # memory was dropped meanwhile
+            return
+        self._landing, self.committed = None, committed
         if self._copies is not None:
             self._copies.note(landing.changed, self.seq)
 
@@ -267,10 +273,10 @@ class TenantFold:
 
     async def abandon(self) -> None:
         """Drops what is in memory, and the commit that is under way, which may land or not."""
-        landing, self._landing = self._landing, None
+        landing = self._landing
+        self.forget()
         if landing is not None:
             await dropped(landing.commit)
-        self.forget()
 
     async def apply(
         self, entries: Sequence[Entry], *, keep_bodies: bool = False
@@ -378,12 +384,10 @@ class TenantFold:
             self._standing = await self.store.standing(), now
         return self._standing[0]
 
-    async def publish(
-        self, ttl_seconds: int, *, replaces: Replaces = "older", whole: bool = False
-    ) -> None:
+    async def publish(self, ttl_seconds: int, *, anew: bool = False, whole: bool = False) -> None:
         """Puts the copies that readers take, if this is the version that they take; of entities'
         copies a thousand, or the `whole`. A newer version takes over here, when it has caught up;
-        the first one at once.
+        the first one at once. `anew`: the fold was rebuilt.
         """
         await self.settle()
         if self.committed is None or self.committed.position is None:
@@ -391,36 +395,51 @@ class TenantFold:
         standing = await self.standing()
         if standing is Standing.SUPERSEDED or (standing is Standing.NEXT and self.is_behind):
             return
-        if standing is Standing.PINNED and replaces == "older":
-            replaces = "pinned"
-        await self.store.publish(self.committed, self.state, ttl_seconds, replaces=replaces)
+        if self._marked is not None and not await self._unmark():
+            return
+        await self.store.publish(self.committed, self.state, ttl_seconds, anew=anew)
         while self._copies is not None and self._copies.are_due:
-            await self._copies.publish(self.committed, self._entities, ttl_seconds, replaces)
+            await self._copies.publish(self.committed, self._entities, ttl_seconds, anew=anew)
             if not whole:
                 break
         if standing is Standing.NEXT or not self.published_at:
             await self.store.activate()
             self._standing = None
-        if self._marked is not None:
-            await self.store.mark_stopped(None)
-            self._marked = None
         self.published_at = time.monotonic()
+
+    async def _unmark(self) -> bool:
+        """Takes back that the fold has stopped; False where another worker goes on with it."""
+        assert self.committed is not None
+        try:
+            await self.store.mark_stopped(self.committed, None)
+        except errors.CommitConflict as error:
+            _log.debug("%s", error)
+            self.forget()
+            return False
+        self._marked = None
+        return True
 
     async def show_stopped(self, reason: str, ttl_seconds: int) -> None:
         """Tells readers why what they read does not go on; the next publish takes it back."""
         if self._marked == reason:
             return
-        committed, state = await self.store.committed()
-        if self._left is None or committed.token != self._left.token:  # others go on with it
+        found, left = await self.store.whole_commit(), self.committed or self._left
+        if found is None or left is None or found[0].token != left.token:
+            return  # others go on with it
+        committed, state = found
+        try:
+            await self.store.mark_stopped(committed, reason)
+        except errors.CommitConflict as error:
+            _log.debug("%s", error)  # others go on with it
             return
-        if committed.position is None:
-            return
-        await self.store.mark_stopped(reason)
         if await self.standing() in (Standing.ACTIVE, Standing.PINNED):
-            await self.store.publish(
-                committed, state, ttl_seconds, replaces="equal", stopped=reason
-            )
+            await self.store.publish(committed, state, ttl_seconds, stopped=reason)
         self._marked = reason
+
+
+def _seen(commit: asyncio.Future[Committed]) -> None:
+    if not commit.cancelled():
+        commit.exception()
 
 
 def _drop_bodies(entries: Sequence[Entry]) -> None:

@@ -80,7 +80,7 @@ async def _forget(bench: Bench, tenants: Sequence[str]) -> None:
     for tenant in tenants:
         for projection in projector.projections:
             await projector.store(tenant, projection.name).discard()
-            await bench.command("DEL", keys.lease(tenant, projection.name))
+            await bench.command("DEL", keys.lease(tenant, projection.name, projection.version))
         await bench.command("DEL", keys.governance_state(tenant))
 
 

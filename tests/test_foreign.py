@@ -590,6 +590,103 @@ async def test_an_unannounced_rollback_is_noticed(fresh_server, tenant, tmp_path
             await read_from(book, tenant, last.position)
 
 
+async def with_two_histories(book, server, tenant, *, meanwhile=None):
+    """A walk to, and a position in, one history, and now another one in its place: what was
+    recorded by a node whose clock was behind, under the same epoch and the same ordinals, and went
+    past it since. `meanwhile` is awaited while the first one stands.
+    """
+    record = (keys.decisions(tenant), keys.head(tenant), keys.index(tenant))
+    with server.client() as client:
+        await append(book, tenant, *"abc")
+        shared = {key: client.dump(key) for key in record}
+        slow = await append(book, tenant, *"de")
+        other = {key: client.dump(key) for key in record}
+        while server_time(server) <= slow.recorded_at:
+            pass
+        for key, value in shared.items():
+            client.restore(key, 0, value, replace=True)
+        walk = Walk(book.server, tenant)
+        await walk.start_after(0)
+        last = await append(book, tenant, *"xy")
+        await walk.refresh()
+        assert [entry.id async for page in walk.pages() for entry in page] == list("abcxy")
+        if meanwhile is not None:
+            await meanwhile()
+        for key, value in other.items():
+            client.restore(key, 0, value, replace=True)
+    assert (await append(book, tenant, "f")).seq == 6
+    return walk, last.position
+
+
+async def test_a_history_that_goes_on_from_another_entry_is_noticed(book, server, tenant):
+    """A position whose entry is not in the ledger any more is not gone on from, though the next
+    ordinal lies behind it: neither by a new walk nor by one that was there before the failover.
+    """
+    walk, position = await with_two_histories(book, server, tenant)
+    with pytest.raises(errors.LedgerRolledBack, match=r"lies entry .*-5"):
+        await read_from(book, tenant, position)
+    await walk.refresh()
+    with pytest.raises(errors.LedgerRolledBack, match=r"lies entry .*-5"):
+        [page async for page in walk.pages()]
+    assert await read_until_hole(book, tenant) == ([1, 2, 3, 4, 5, 6], None)
+
+
+@pytest.mark.parametrize("registered", [False, True])
+@pytest.mark.parametrize("gone", ["it", "it and more", "all before it", "all", "it among foreign"])
+async def test_a_deleted_entry_is_no_other_history(
+    book, server, tenant, *, stream, gone, registered
+):
+    """A position whose entry was deleted or trimmed is gone on from, whether or not an append has
+    registered that, and before and after there is more to read.
+    """
+    receipts = []
+    for event_id in "abcd":
+        receipts.append(await append(book, tenant, event_id))
+        if gone == "it among foreign":
+            server.cli("XADD", stream, "*", "x", "y")
+    at = receipts[2].position
+    trims = {"all before it": f"{receipts[3].recorded_ms}-{receipts[3].seq}", "all": "+"}
+    if gone == "all before it":
+        server.cli("XTRIM", stream, "MINID", "=", trims[gone])
+    elif gone == "all":
+        server.cli("XTRIM", stream, "MAXLEN", "=", 0)
+    else:
+        more = [receipts[1].entry_id] if gone == "it and more" else []
+        server.cli("XDEL", stream, at.entry_id, *more)
+    behind = [] if gone == "all" else ["d"]
+    if registered:
+        await append(book, tenant, "e")
+        behind.append("e")
+    if gone == "all":
+        with pytest.raises(errors.EntriesMissing, match="seq 4"):
+            await read_from(book, tenant, at)
+        return
+    entries = await read_from(book, tenant, at)
+    assert [entry.id for entry in entries if not entry.foreign] == behind
+    await append(book, tenant, "f")
+    walk = Walk(book.server, tenant)
+    await walk.start_at(at)
+    walk.page_entries = 1
+    found = [entry.id async for page in walk.pages() for entry in page if not entry.foreign]
+    assert found == [*behind, "f"]
+
+
+async def test_an_entry_that_is_gone_and_that_nobody_deleted_is_noticed(
+    book, server, tenant, stream
+):
+    """Where nothing explains that a position's entry is not there, it is not gone on from."""
+    await append(book, tenant, *"abc")
+    at = (await append(book, tenant, "d")).position
+    with server.client() as client:
+        client.xdel(stream, at.entry_id)
+        client.execute_command(
+            "XSETID", stream, at.entry_id, "ENTRIESADDED", 3, "MAXDELETEDID", "0-1"
+        )
+        client.hset(keys.head(tenant), mapping={"added": 3, "length": 3})
+    with pytest.raises(errors.LedgerRolledBack, match="nobody deleted it"):
+        await read_from(book, tenant, at)
+
+
 # -- odd questions --------------------------------------------------------------------------------
 
 

@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 from datetime import UTC, datetime, timedelta
 from importlib.resources import files
 from pathlib import Path
+from random import Random
 
 import orjson
 import pytest
@@ -17,7 +18,7 @@ from ledger.stream import Entry
 from projections.bodies import BODIES, FollowUp, subject_id
 from projections.governance import Governance
 from projections.projection import Unfoldable
-from tests.governance_reference import published, reference
+from tests.governance_reference import expected, published
 
 NOON_MS = 1_793_620_800_000  # 2026-11-02T12:00:00Z
 MINUTE_MS = 60_000
@@ -1223,8 +1224,89 @@ def fold_of(history, chunk):
 def test_counts_equal_an_independent_fold(history):
     """For any history the published numbers are those of a fold of nothing but dictionaries."""
     fold = fold_of(history, chunk=1_000)
-    assert published(fold.view, len(fold.refused)) == reference(history)
+    assert published(fold.view, len(fold.refused)) == expected(history, fold.view)
     assert fold.view["counts"]["quarantined"] == len(fold.refused)
+
+
+CHANGES = (
+    lambda n, name: threshold(None, 1, scope=name),
+    lambda n, name: activated(f"{name}@{n % 3}"),
+    lambda n, name: {"type": "waiver.granted", "waiver_id": name, "scope": "s"},
+    lambda n, name: {"type": f"from.the.future.{name}"},
+    lambda n, name: {"type": "policy.deactivated", "policy": policy(f"{name}@{n % 3}")},
+    lambda n, name: {"type": "waiver.revoked", "waiver_id": name},
+    lambda n, name: {"type": "constitution.activated", "constitutional_hash": name},
+)
+
+
+def of_many_names(seed, count):
+    """A history with more names than any bound, in every dimension: first 300 of what is changed,
+    then all kinds of events, among them many about the decision `d3`.
+    """
+    random, earlier = Random(seed), 0
+    for n in range(count):
+        name, kind = f"n-{random.randrange(400)}", random.randrange(27)
+        earlier = f"d{random.choice([3, 3, random.randrange(n + 1)])}"
+        many = f"r-{n}" if n % 8 else f"r-{name}"
+        if n < 1_200:
+            event = CHANGES[n % 4](n, f"n-{n // 4}")
+            if n % 4 == 2 and n % 3 == 0:
+                event["expires_at"] = at(n // 100)
+        elif kind < len(CHANGES):
+            event = CHANGES[kind if n % 3 else 2](n, name)
+        elif kind < 12:
+            event = decision(verdict="deny", action={"type": name})
+            event["policies"] = [policy(f"{name}@{kind}"), policy(f"p-{random.randrange(300)}@1")]
+            event["rules"] = [{"id": "r", "effect": EFFECTS[kind % 3]}]
+        elif kind < 15:
+            event = decision(action={"type": f"a-{n % 20}"}, impact_level="low")
+            event["policies"] = [policy(f"p-{n % 33}@1")]
+        else:
+            event = (
+                override("deny", "allow", earlier, many),
+                feedback("negative", reviewer=many) | {"decision_id": earlier},
+                vote(many) | {"decision_id": earlier},
+                follow_up(
+                    "escalation.resolved", earlier.replace("d3", "d4"), resolution="rejected"
+                ),
+                decision(verdict="escalate"),
+                decision(verdict="escalate"),
+            )[kind % 6]
+        if n == 3:
+            event = decision(verdict="escalate")
+        yield NOON_MS + n * 300, {**event, "id": f"d{n}", "at": at(n // 200)}
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_counts_equal_an_independent_fold_beyond_every_bound(seed):
+    """Where names and lists have reached their bounds, what is kept, what counts as `other`, and
+    what is shown are those of a fold of nothing but dictionaries.
+    """
+    history = list(of_many_names(seed, 9_000))
+    fold = fold_of(history, chunk=100_000)
+    view = fold.view
+    assert published(view, len(fold.refused)) == expected(history, view)
+    reached = {"action_types", "policies", "override_reviewers", "thresholds", "active_policies"}
+    reached |= {"waivers", "unknown_types", "reviewers_of_a_decision", "combinations"}
+    assert reached <= view["bounds"]["overflowed"].keys()
+    assert fold.state["pending_unlisted"] > 0
+    assert len(view["recent"]) == min(100, view["bounds"]["names_shown"])
+
+
+def test_counts_equal_an_independent_fold_where_all_names_fit():
+    """With bounds that are reached and a view that has room, all that is kept is shown."""
+    kinds = ("from.the.future", "escalate", "deny")
+    history = [
+        (NOON_MS, decision(f"d{n}", kinds[n % 3], action={"type": f"a-{n % 400}"}) | {"at": at(0)})
+        if n % 3
+        else (NOON_MS, {"id": f"d{n}", "type": f"from.the.future.{n}", "at": at(0)})
+        for n in range(1_500)
+    ]
+    fold = fold_of(history, chunk=100_000)
+    view = fold.view
+    assert published(view, 0) == expected(history, view)
+    assert view["bounds"]["names_shown"] == 256
+    assert {"action_types", "unknown_types"} <= view["bounds"]["overflowed"].keys()
 
 
 @settings(max_examples=60)

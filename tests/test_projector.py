@@ -296,7 +296,7 @@ async def test_killed_projectors_lose_and_repeat_nothing(ledger, server, tenant,
         worker.send_signal(signal.SIGKILL)
         worker.wait()
         # How long its leases stand is another test's concern.
-        server.cli("DEL", *[keys.lease(tenant, name) for name in ("governance", "agents")])
+        server.cli("DEL", *[keys.lease(tenant, name, 1) for name in ("governance", "agents")])
     await Projector(ledger).run_once([tenant])
     value = (await reader.state(tenant, at_least=(await ledger.head(tenant)).seq)).value
     assert value["decisions"]["total"] == total

@@ -22,13 +22,16 @@ from ledger import (
     keys,
     load_settings,
 )
+from ledger.service import operate
 from ledger.service.workers import run_workers
 from projections import Projector, StateReader
 from projections import projector as projector_module
 from projections.store import FoldStore, Standing, encode_entity
+from projections.tenant_fold import TenantFold
 from tests.commands import GOVLEDGER, environment, run
-from tests.governance_reference import published, reference
+from tests.governance_reference import expected, published
 from tests.servers import wait_until
+from tests.test_projector import Counter
 
 
 def decision(number, verdict="allow"):
@@ -171,10 +174,10 @@ async def test_a_worker_that_stops_at_any_step_is_taken_over_and_counts_are_exac
         assert code == (-signal.SIGKILL if how == "SIGKILL" else 0), worker.stderr.read()
     for name in tenants.values():
         entries = [entry async for entry in ledger.replay(name)]
-        expected = reference([(entry.recorded_ms, entry.event) for entry in entries])
         state = await StateReader(ledger).state(name)
         assert state.seq == len(entries)
-        assert published(state.value, 0) == expected
+        recorded = [(entry.recorded_ms, entry.event) for entry in entries]
+        assert published(state.value, 0) == expected(recorded, state.value)
 
 
 async def test_a_dead_workers_tenants_are_taken_over(ledger, valkey, tenant, spawn):
@@ -195,10 +198,10 @@ async def test_while_a_lease_stands_nobody_else_commits(ledger, tenant):
     """The commit itself refuses a worker that is not the lease's holder, and names the holder."""
     await ledger.append(tenant, decision(1))
     holder, other = Projector(ledger, [Tally()]), Projector(ledger, [Tally()])
-    await holder._leases.take(tenant)
     fold = other._fold_of(tenant, other.projections[0])
     walk = await fold.begin()
     pages = [page async for page in walk.pages()]
+    await holder._leases.take(tenant)
     with pytest.raises(errors.LeaseHeld, match=holder.worker) as caught:
         await fold.fold_page(walk, pages[0])
     assert caught.value.facts["left_ms"] > 0
@@ -215,8 +218,8 @@ async def test_a_projector_that_ends_gives_its_tenants_back(ledger, valkey, tena
     async with running(Projector(ledger)):
         receipt = await ledger.append(tenant, decision(1))
         await StateReader(ledger).state(tenant, at_least=receipt)
-        assert valkey.cli("EXISTS", keys.lease(tenant, "governance")) == 1
-    assert valkey.cli("EXISTS", keys.lease(tenant, "governance")) == 0
+        assert valkey.cli("EXISTS", keys.lease(tenant, "governance", 1)) == 1
+    assert valkey.cli("EXISTS", keys.lease(tenant, "governance", 1)) == 0
 
 
 async def test_a_state_of_an_old_epoch_replaces_nothing(ledger, valkey, tenant):
@@ -281,7 +284,6 @@ async def test_a_newer_version_takes_over_when_it_has_caught_up(ledger, tenant):
         seen = (state.version, state.value)
         assert seen == ((1, {"allow": 60}) if fold.is_behind else (2, {"all": 120}))
     await new._leases.release([tenant])
-    await fold.store.release()
     await ledger.append(tenant, decision(60))
     await old.run_once([tenant])  # it may not have heard of it yet
     assert (await reader.state(tenant, "tally")).version == 2
@@ -289,6 +291,87 @@ async def test_a_newer_version_takes_over_when_it_has_caught_up(ledger, tenant):
     assert (await reader.state(tenant, "tally")).version == 2
     assert await new.run_once([tenant]) == {tenant: 1}
     assert (await reader.state(tenant, "tally")).value == {"all": 122}
+
+
+async def test_two_versions_are_folded_side_by_side(ledger, tenant, monkeypatch):
+    """A worker of either release folds its version of a projection at the same time; what both
+    releases have in common is folded by whoever holds it.
+    """
+    monkeypatch.setattr(projector_module, "PUBLISH_INTERVAL_S", 0)
+    begin = TenantFold.begin
+
+    async def small_pages(fold):
+        walk = await begin(fold)
+        walk.page_entries = 20
+        return walk
+
+    monkeypatch.setattr(TenantFold, "begin", small_pages)
+    await ledger.append_many(tenant, [decision(n) for n in range(60)])
+    common = Counter()
+    old, new = (Projector(ledger, [tally, common]) for tally in (Tally(), TallyOfTwo()))
+    assert await old._leases.take(tenant) == {"tally", "counter"}
+    assert await new._leases.take(tenant) == {"tally"}
+    assert not new._leases.held_elsewhere(tenant)
+    for seq in (20, 40, 60):
+        for projector in (old, new):
+            await projector._fold_fairly(tenant)
+            assert await projector.store(tenant, "tally").seq() == seq
+        assert await new.store(tenant, "counter").seq() == seq
+        assert new._fold_of(tenant, common).seq == 0
+    assert old.stopped == new.stopped == {}
+    await asyncio.gather(old.run_once([tenant]), new.run_once([tenant]))
+    assert (await new.store(tenant, "tally").load(["state"]))["state"] == {"all": 120}
+    assert (await new.store(tenant, "counter").load(["state"]))["state"] == {"allow": 60}
+
+
+async def test_a_lease_that_runs_out_is_looked_at_then(ledger, valkey, tenant):
+    """Who was told that another worker holds a tenant takes over what that one folded as soon as
+    its leases run out, each for itself, with no hint and no sweep.
+    """
+    other = Projector(ledger, [Tally(), Counter()])
+    for name, left_ms in (("tally", 150), ("counter", 300)):
+        valkey.cli("SET", keys.lease(tenant, name, 1), "a dead one", "PX", left_ms)
+    await ledger.append(tenant, decision(1))
+    await other._fold_fairly(tenant)
+    assert other._leases.held_elsewhere(tenant)
+    other._wake([tenant])
+    assert not other._dirty
+    work = [asyncio.create_task(one) for one in (other._take_over_for_ever(), other._work())]
+    reader = StateReader(ledger, [Tally(), Counter()])
+    for name in ("tally", "counter"):
+        assert (await reader.state(tenant, name, at_least=1)).value == {"allow": 1}
+    for one in work:
+        one.cancel()
+    assert await other._leases.take(tenant) == {"tally", "counter"}
+
+
+async def test_a_worker_that_cannot_attest_goes_on(fresh_server, tenant, monkeypatch, caplog):
+    """What keeps the server from being prepared again is named, and ends no projector."""
+    monkeypatch.setattr(operate, "PREPARE_INTERVAL_S", 0.01)
+    server = fresh_server()
+    async with Ledger.connect(server.url) as ledger:
+        projecting = asyncio.create_task(operate.run_projector(ledger))
+        await StateReader(ledger).state(tenant, at_least=await ledger.append(tenant, decision(1)))
+        (key,) = server.cli("KEYS", keys.attestation("*"))
+        server.cli("DEL", key)
+        server.cli("SET", key, "of another hand")
+        await asyncio.to_thread(
+            wait_until, lambda: "not attested" in caplog.text, "it was tried and refused"
+        )
+        load_library = ledger.server.load_library
+        refused = []
+
+        async def too_new(*_):
+            refused.append(1)
+            raise errors.LibraryTooNew("a newer release was here")
+
+        monkeypatch.setattr(ledger.server, "load_library", too_new)
+        await asyncio.to_thread(wait_until, lambda: len(refused) > 1, "it was tried twice")
+        monkeypatch.setattr(ledger.server, "load_library", load_library)
+        receipt = await ledger.append(tenant, decision(2))
+        assert (await StateReader(ledger).state(tenant, at_least=receipt)).seq == 2
+        assert not projecting.done()
+        projecting.cancel()
 
 
 async def test_going_back_to_a_version_takes_a_command(ledger, valkey, tenant):

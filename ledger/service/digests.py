@@ -7,6 +7,7 @@ from contextlib import aclosing
 from ledger import errors
 from ledger.server import Server
 from ledger.stream import Position
+from projections.lease import Leases, worker_name
 from projections.projection import Projection
 from projections.store import FoldStore
 from projections.tenant_fold import TenantFold
@@ -29,7 +30,9 @@ async def fold_digest(
         EntriesMissing: the record has a hole.
         LedgerRolledBack: it went back meanwhile.
     """
-    store = FoldStore(scratch, tenant, projection, rebuild=True)
+    leases = Leases(scratch, worker_name(), [projection], rebuild=True)
+    store = FoldStore(scratch, tenant, projection, worker=leases.worker, rebuild=True)
+    await leases.take(tenant)
     await store.discard()
     fold = TenantFold(source, tenant, projection, store)
     try:
@@ -50,4 +53,4 @@ async def fold_digest(
         raise errors.EntriesMissing(f"tenant {tenant}: it ends before seq {until}", tenant=tenant)
     finally:
         await store.discard()
-        await store.release()
+        await leases.release([tenant])

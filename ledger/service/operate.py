@@ -126,12 +126,13 @@ async def prepare(ledger: Ledger) -> None:
     attestation of the server's settings.
 
     Raises:
-        Unavailable: the server cannot be used; a missing right to attest is only a warning.
+        Unavailable: the server cannot be used; what keeps it from being attested, such as a missing
+            right or another value under that key, is only a warning.
     """
     await ledger.server.load_library()
     try:
         await ledger.server.attest()
-    except errors.PermissionDenied as error:
+    except (errors.PermissionDenied, errors.ServerError) as error:
         _log.warning("the server's settings are not attested: %s", error)
 
 
@@ -171,7 +172,7 @@ async def _prepare_for_ever(ledger: Ledger) -> None:
         await asyncio.sleep(PREPARE_INTERVAL_S)
         try:
             await prepare(ledger)
-        except errors.Unavailable as error:
+        except errors.LedgerError as error:  # folding goes on without, and says what it lacks
             _log.warning("%s", error)
 
 
