@@ -79,8 +79,8 @@ async def _forget(bench: Bench, tenants: Sequence[str]) -> None:
     projector = Projector(bench.ledger)
     for tenant in tenants:
         for projection in projector.projections:
-            await projector.store(tenant, projection.name).discard()
             await bench.command("DEL", keys.lease(tenant, projection.name, projection.version))
+            await projector.store(tenant, projection.name).discard()
         await bench.command("DEL", keys.governance_state(tenant))
 
 
