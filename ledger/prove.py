@@ -63,7 +63,7 @@ async def prove(
     checkpoint, note = await latest_checkpoint(ledger.server, tenant, log_key, anchor)
     _check_sealed(entry.seq, checkpoint)
     index = entry.seq - 1
-    tiles = Tiles(ledger.server, tenant)
+    tiles = Tiles(ledger.server, tenant, log_key.name)
     hashes = await tiles.range_hashes(inclusion_ranges(index, checkpoint.size))
     record = EntryRecord.of(log_key.name, entry.raw_id, entry.raw_fields)
     shown = record.without_data() if withhold_data else record
@@ -110,7 +110,7 @@ async def prove_range(
         )
     entries = await _entries(ledger, tenant, first, last)
     records = [EntryRecord.of(log_key.name, one.raw_id, one.raw_fields) for one in entries]
-    tiles = Tiles(ledger.server, tenant)
+    tiles = Tiles(ledger.server, tenant, log_key.name)
     before, behind = list(cover(0, first - 1)), list(cover(last, checkpoint.size))
     node = await tiles.nodes([*before, *behind])
     shown = [one.without_data() if withhold_data else one for one in records]
@@ -142,7 +142,7 @@ async def prove_consistency(
             f"the earlier checkpoint has size {before.size}, the latest {checkpoint.size}",
             reason="rolled-back",
         )
-    tiles = Tiles(ledger.server, tenant)
+    tiles = Tiles(ledger.server, tenant, log_key.name)
     hashes = await tiles.range_hashes(consistency_ranges(before.size, checkpoint.size))
     proof = ConsistencyProof(before.size, tuple(hashes), note)
     proof.verify([log_key], old)

@@ -1,8 +1,8 @@
 """The evidence tree's hashes in Redis, as C2SP tlog-tiles has them: what proofs are made of.
 
-The hash `evidence:tiles` has a field `<level>/<number>` for each tile: up to 256 hashes of 32
-bytes, in all 32.1 bytes an entry. They are a convenience, never evidence: whoever can write there
-can change them, so whatever is made of them is compared with a signed root.
+A log's hash `evidence:tiles:<log>` has a field `<level>/<number>` for each tile: up to 256 hashes
+of 32 bytes, in all 32.1 bytes an entry. They are a convenience, never evidence: whoever can write
+there can change them, so whatever is made of them is compared with a signed root.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ def partial_rows(size: int) -> list[tuple[int, int, int]]:
 
 
 class Tiles:
-    """One tenant's tiles."""
+    """One log's tiles."""
 
-    def __init__(self, server: Server, tenant: str) -> None:
+    def __init__(self, server: Server, tenant: str, origin: str) -> None:
         self._server = server
-        self._key = keys.evidence_tiles(tenant)
+        self._key = keys.evidence_tiles(tenant, origin)
         self._tenant = tenant
         self._full: list[tuple[int, int, list[bytes]]] = []
 
@@ -75,7 +75,11 @@ class Tiles:
                 for level, number, hashes in tiles
                 for part in (f"{level}/{number}", b"".join(hashes))
             ]
-            await self._server.command(self._key, "HSET", self._key, *fields)
+            await self._server.function("govledger_write_tiles", [self._key], *fields)
+
+    async def any(self) -> bool:
+        """Whether there are tiles, or something in their place."""
+        return bool(await self._server.command(self._key, "EXISTS", self._key))
 
     async def read(self, wanted: Iterable[tuple[int, int]]) -> dict[tuple[int, int], list[bytes]]:
         """Tiles by level and number; those that are absent, or no tiles, are left out."""

@@ -426,6 +426,7 @@ def _print_verification(found: Verification, *, as_json: bool) -> None:
     else:
         lines.append(f"{found.tenant}: NOT PROVED, log {found.origin}")
     lines += [f"  found: {one.reason}: {one.message}" for one in found.findings]
+    lines += [f"  note: {what}" for what in found.notes]
     lines += [f"  not proved: {what}" for what in found.not_proved]
     print_lines(*map(terminal.printable, lines))
     sys.stdout.flush()
