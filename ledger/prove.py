@@ -224,8 +224,7 @@ class _Log:
 def _check_sealed(seq: int, checkpoint: Checkpoint) -> None:
     if seq > checkpoint.size:
         raise NotProved(
-            f"seq {seq} is recorded and not sealed yet: the latest checkpoint ends at "
-            f"{checkpoint.size}",
+            f"seq {seq} is not sealed yet: the latest checkpoint ends at {checkpoint.size}",
             hint="govledger seal --once, or wait for the sealer",
             reason="not-sealed",
         )

@@ -150,7 +150,7 @@ class Sealer:
             except OSError as error:
                 raise errors.AnchorUnavailable(
                     f"tenant {tenant}: anchor {self.directory}: {error}",
-                    hint="what was half written is finished by the next seal",
+                    hint="look at that file and its disk; the next seal finishes what was begun",
                 ) from error
             while len(self._logs) > LOGS_KEPT:
                 self._logs.pop(next(iter(self._logs)))
@@ -264,6 +264,14 @@ class Sealer:
                 hint="seal with that one",
                 reason="wrong-key",
             )
+        if tail.last is not None and not Handover.is_one(tail.last):
+            by = [one for one in tail.last.signatures if one.name == origin]
+            if not all(map(self.key.verifier(origin).matches, by)):
+                raise errors.SealRefused(
+                    f"{anchor.path}: a hand-over to another key was begun, and is not there",
+                    hint="govledger keys rotate once more finishes it",
+                    reason="wrong-key",
+                )
         return chain, tail.last, tail.torn
 
     def _contradicted(self, anchor: AnchorFile, error: errors.NotProved) -> errors.SealRefused:

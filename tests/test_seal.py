@@ -495,6 +495,21 @@ async def test_proofs_between_a_rotation_and_the_next_seal(case):
         assert (await verify(case.ledger, case.tenant, key.verifier(), anchor=case.anchor)).ok
 
 
+async def test_rotation_that_was_cut_short_is_finished(case):
+    """Killed before its hand-over is whole, nothing is signed by either key until it runs again."""
+    new = SigningKey.generate(DEPLOYMENT)
+    rotate(case.anchor, case.key, new)
+    raw = case.file.read_bytes()
+    begin = raw.index(Handover.FIRST_LINE)
+    for cut in (begin, begin + 100, len(raw) - 60):
+        case.file.write_bytes(raw[:cut])
+        for key in (case.key, new):
+            with pytest.raises(errors.SealRefused, match="hand-over to another key was begun"):
+                await case.sealer(key).seal(case.tenant)
+        assert rotate(case.anchor, case.key, new) == [case.origin]
+        assert case.file.read_bytes() == raw
+
+
 def test_rotation_is_of_one_deployment(tmp_path):
     """Logs of a deployment whose name begins alike are left, and one that fails stops no other."""
     old, new, under = (SigningKey.generate(f"acme.example{end}") for end in ("", "", "/prod"))

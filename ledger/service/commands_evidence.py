@@ -112,7 +112,7 @@ def _witness_keys(texts: list[str] | None) -> list[VerifierKey]:
 def _time(seconds: int) -> str:
     try:
         return datetime.fromtimestamp(seconds, UTC).isoformat().replace("+00:00", "Z")
-    except (OverflowError, ValueError):
+    except (OverflowError, ValueError, OSError):
         return f"second {seconds}"
 
 
