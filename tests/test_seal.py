@@ -420,15 +420,15 @@ async def test_unreadable_anchor_file_stops_its_tenant_alone(case, caplog):
     await case.ledger.append(other, decision(1))
     kept = case.file.read_bytes()
     case.file.unlink()
-    case.file.mkdir()
+    case.file.symlink_to(case.file)
     sealer = case.sealer()
-    with pytest.raises(errors.AnchorUnavailable, match="Is a directory") as caught:
+    with pytest.raises(errors.AnchorUnavailable, match="symbolic links") as caught:
         await sealer.run_once([case.tenant, other])
     assert [one.tenant for one in caught.value.facts["sealed"]] == [other]
     await sealer._seal_safely(case.tenant)
     assert "not sealed" in caplog.messages[-1]
     assert sealer.stopped == {}
-    case.file.rmdir()
+    case.file.unlink()
     case.file.write_bytes(kept)
     await sealer._seal_safely(case.tenant)
     assert (await sealer.seal(case.tenant)).checkpoint.size == 12
