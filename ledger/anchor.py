@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import BinaryIO, ClassVar, Final
 from urllib.parse import quote, unquote
 
-from ledger.errors import InvalidSetting, NotProved
+from ledger.errors import InvalidInput, InvalidSetting, NotProved
 from ledger.note import MAX_NOTE_BYTES, Checkpoint, Handover, Note, VerifierKey, signers
 
 __all__ = ["AnchorFile", "Chain", "Tail", "checkpoints_of", "goes_back", "read_notes"]
 
 _SIGNED: Final = "— ".encode()
+MAX_FILE_NAME_BYTES: Final = 255
 _TAIL_BYTES: Final = 4 * MAX_NOTE_BYTES
 
 
@@ -104,8 +105,8 @@ class Chain:
         if not self.handovers:
             return self.trusted
         for one in self.handovers:
-            if size <= one.at.size:
-                return (one.old,)
+            if size <= one.at.size:  # several, where a key was handed on before it sealed anything
+                return tuple(o.old for o in self.handovers if o.at.size == one.at.size)
         return (self.handovers[-1].new,)
 
     def verified(self, note: Note) -> Checkpoint:
@@ -169,6 +170,11 @@ class AnchorFile:
     def __init__(self, directory: Path, origin: str) -> None:
         self.directory = directory
         self.path = directory / f"{quote(origin, safe='')}{self.SUFFIX}"
+        if len(self.path.name) > MAX_FILE_NAME_BYTES:
+            raise InvalidInput(
+                f"deployment: the log's name {origin[:80]}… is too long for its file's name",
+                hint="make a key with a shorter one",
+            )
 
     @classmethod
     def at(cls, path: Path) -> AnchorFile:

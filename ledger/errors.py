@@ -31,6 +31,7 @@
     │   ├── ServerBusy               a snapshot error, a script or a failover holds writes back
     │   ├── FunctionMissing          the function library is not there and may not be loaded
     │   ├── WitnessUnavailable       a witness cannot be asked now
+    │   ├── AnchorUnavailable        an anchor's file cannot be read or written now
     │   ├── EmbeddedServerError      the private server did not start
     │   └── StateUnavailable         a reader is cut off, and what it has is too old to be served
     ├── ServerError                  the server refused the command for a reason we do not know
@@ -54,6 +55,7 @@ which is always safe. `InvalidInput` and `Refused` are not: something must chang
 from __future__ import annotations
 
 __all__ = [
+    "AnchorUnavailable",
     "AuthenticationFailed",
     "ClockSkew",
     "CommitConflict",
@@ -246,6 +248,10 @@ class FunctionMissing(Unavailable):
 
 class WitnessUnavailable(Unavailable):
     """A witness does not answer, or not as the protocol says."""
+
+
+class AnchorUnavailable(Unavailable):
+    """A log's file in the anchor cannot be read or written now; nothing was signed beyond it."""
 
 
 class EmbeddedServerError(Unavailable):

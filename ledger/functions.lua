@@ -802,6 +802,24 @@ local function activate(keys, args)
   return 1
 end
 
+-- A row of hashes only grows, so what begins with the row that comes is a later sealer's, and stays: two
+-- sealers, and calls that are late or sent twice, leave the longest. KEYS: a log's tiles. ARGV:
+-- protocol, then for each tile its field and its hashes. A key of another type gives way.
+local function write_tiles(keys, args)
+  local refusal = protocol_refusal(args[1])
+  if refusal then return refusal end
+  local kind = call('TYPE', keys[1]).ok
+  if kind ~= 'hash' and kind ~= 'none' then call('UNLINK', keys[1]) end
+  for i = 2, #args, 2 do
+    local there = call('HGET', keys[1], args[i])
+    if not there or string.sub(there, 1, #args[i + 1]) ~= args[i + 1] then
+      call('HSET', keys[1], args[i], args[i + 1])
+    end
+  end
+  return 1
+end
+
+redis.register_function('govledger_write_tiles', write_tiles)
 redis.register_function('govledger_discard', discard)
 redis.register_function('govledger_mark', mark)
 redis.register_function('govledger_activate', activate)

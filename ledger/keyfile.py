@@ -32,6 +32,11 @@ def write_key(path: Path, key: SigningKey) -> None:
         file.write(f"{key.encode()}\n")
         file.flush()
         os.fsync(file.fileno())
+    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(directory)  # the name too: what it signed would outlive it
+    finally:
+        os.close(directory)
 
 
 def read_key(path: Path) -> SigningKey:

@@ -13,6 +13,7 @@ What belongs to no tenant has `_` in the tenant's place, which no tenant can be 
 
 from __future__ import annotations
 
+import hashlib
 import re
 from typing import Final
 from urllib.parse import quote
@@ -71,6 +72,7 @@ MEMORY_PREFIX: Final = f"{MEMORY}:"
 """What the memory service's keys are relative to."""
 
 MAX_MEMORY_KEY_BYTES: Final = 1024
+_LOG_DIGITS: Final = 16
 
 TENANTS: Final = f"{LEDGER}:_:tenants:all"
 """Set of every tenant's name, acknowledged before the tenant's first append."""
@@ -220,13 +222,16 @@ def snapshot(tenant: str, name: str, version: int, seq: int) -> str:
 
 
 def evidence_checkpoints(tenant: str) -> str:
-    """Stream, capped: copies of the latest signed checkpoints; entry id `<tree size>-<copy>`."""
+    """Stream, capped: copies of the latest signed checkpoints, of all logs of the tenant."""
     return f"{LEDGER}:{{{tenant}}}:evidence:checkpoints"
 
 
-def evidence_tiles(tenant: str) -> str:
-    """Hash: `<level>/<number>` → up to 256 node hashes of the evidence tree (C2SP tlog-tiles)."""
-    return f"{LEDGER}:{{{tenant}}}:evidence:tiles"
+def evidence_tiles(tenant: str, origin: str) -> str:
+    """Hash: `<level>/<number>` → up to 256 node hashes of a log's tree (C2SP tlog-tiles). The key's
+    end is the log's: leaves are bound to their origin, so two logs of a tenant share no tile.
+    """
+    log = hashlib.sha256(origin.encode()).hexdigest()[:_LOG_DIGITS]
+    return f"{LEDGER}:{{{tenant}}}:evidence:tiles:{log}"
 
 
 def published(tenant: str, name: str) -> str:

@@ -29,7 +29,9 @@ RECORD: Final = b"govledger data 1"
 DATA: Final = b"data"
 IN_FULL: Final = 0
 DIGEST: Final = 1
-MAX_FIELDS: Final = 1024
+MAX_FIELDS: Final = 1 << 20
+"""What a server takes of one command; `prove` reads back what it writes, so no proof has more."""
+
 _SHORT: Final = 1024
 
 _u32 = struct.Struct(">I")

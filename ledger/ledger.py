@@ -159,7 +159,7 @@ class Ledger:
         """
         walk = await self.walk(tenant, after=after, since=since)
         last = walk.head.seq if until is None else min(until, walk.head.seq)
-        async with aclosing(walk.pages(to_ms=_ms(to))) as pages:
+        async with aclosing(walk.pages(to_ms=time_ms(to))) as pages:
             async for page in pages:
                 for entry in page:
                     if entry.seq > last:
@@ -170,7 +170,7 @@ class Ledger:
     async def walk(self, tenant: str, *, after: int = 0, since: datetime | None = None) -> Walk:
         """The pages behind `replay`, for folds and exports that want whole pages."""
         walk = Walk(self.server, keys.checked_tenant(tenant))
-        since_ms = _ms(since)
+        since_ms = time_ms(since)
         if since_ms is not None and not after:
             await walk.start_at_time(since_ms)
         else:
@@ -295,7 +295,12 @@ def _durability(asked: Durability | str | None) -> Durability | None:
         ) from None
 
 
-def _ms(moment: datetime | None) -> int | None:
+def time_ms(moment: datetime | None) -> int | None:
+    """A time in whole ms since 1970, as entries' ids have it; None stays None.
+
+    Raises:
+        InvalidInput: it has no time zone.
+    """
     if moment is None:
         return None
     if moment.tzinfo is None:

@@ -48,6 +48,9 @@ COSIGNATURE: Final = 0x04
 MAX_NOTE_BYTES: Final = 64 * 1024
 MAX_SIGNATURES: Final = 100
 MAX_NAME_BYTES: Final = 255
+MAX_DEPLOYMENT_BYTES: Final = 255 - len("%2F.checkpoints") - 64
+"""Percent-encoded: a log's file is called so, with a tenant of up to 64 characters."""
+
 _PUBLIC_BYTES: Final = 32
 _KEY_ID_BYTES: Final = 4
 _TIME_BYTES: Final = 8
@@ -130,6 +133,12 @@ def checked_deployment(name: str) -> str:
         raise InvalidInput(
             f"deployment: {ascii(name)[:80]} is no name",
             hint="1 to 128 characters of A-Z a-z 0-9 . _ - /, such as acme.example/prod",
+        )
+    if len(name) + 2 * name.count("/") > MAX_DEPLOYMENT_BYTES:
+        raise InvalidInput(
+            f"deployment: {name[:80]} is too long for the names of its logs' files, where each / "
+            f"counts as 3 of at most {MAX_DEPLOYMENT_BYTES} bytes",
+            hint="take fewer parts, such as acme.example/prod",
         )
     return name
 

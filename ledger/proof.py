@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import base64
 import binascii
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Final
 
 from ledger.errors import NotProved
@@ -48,7 +50,13 @@ __all__ = [
 INCLUSION: Final = "c2sp.org/tlog-proof@v1"
 RANGE: Final = "govledger/range-proof@1"
 MAX_PROOF_BYTES: Final = 1 << 20
+"""Of a continuation, which has no entry in it."""
+
+MAX_ENTRY_BYTES: Final = 128 << 20
+"""Of one entry's proof: a foreign entry may be large."""
+
 MAX_RANGE_BYTES: Final = 1 << 30
+_ENTRY_ID: Final = re.compile(rb"([0-9]{1,20})-([0-9]{1,20})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +71,65 @@ class Proved:
 
     old: Checkpoint | None = None
     """The checkpoint that `checkpoint` continues, for a consistency proof."""
+
+    @property
+    def last_seq(self) -> int:
+        """The last entry's."""
+        return self.first_seq + len(self.entries) - 1
+
+    def seqs_between(self, first: int | None, last: int | None) -> range:
+        """The seqs `first` to `last`, all of which are here; None = to that end of the log.
+
+        Raises:
+            NotProved: some are not, with the reason `incomplete`.
+        """
+        wanted = range(
+            1 if first is None else first, (self.checkpoint.size if last is None else last) + 1
+        )
+        if not wanted or wanted[0] < self.first_seq or wanted[-1] > self.last_seq:
+            raise NotProved(
+                f"seq {wanted.start} to {wanted.stop - 1} is asked for, the proof has "
+                f"{self.first_seq} to {self.last_seq} of {self.checkpoint.size}",
+                reason="incomplete",
+            )
+        return wanted
+
+    def seqs_recorded(self, since_ms: int | None, to_ms: int | None) -> range:
+        """The seqs of all entries of this log that were recorded in a time, perhaps none.
+
+        Ids grow along a log, and begin with the time. So there are no others in that time where an
+        entry before it and one behind it stand here too, or the log begins or ends there.
+
+        Args:
+            since_ms: the first ms of it, since 1970; None = since the log's beginning.
+            to_ms: the last ms; None = to its end.
+
+        Raises:
+            NotProved: others may be missing (`incomplete`), or ids do not grow (`out-of-order`).
+        """
+        ids = [_id_of(entry) for entry in self.entries]
+        if any(one >= following for one, following in pairwise(ids)):
+            raise NotProved("the entries' ids do not grow", reason="out-of-order")
+        times = [ms for ms, _ in ids]
+        earlier = 0 if since_ms is None else sum(ms < since_ms for ms in times)
+        later = 0 if to_ms is None else sum(ms > to_ms for ms in times)
+        begun = earlier or self.first_seq == 1
+        ended = later or self.last_seq == self.checkpoint.size
+        if not times or not begun or not ended:
+            side, seq = ("behind", self.last_seq) if begun else ("before", self.first_seq)
+            raise NotProved(
+                f"not all of that time is here: {side} seq {seq} of {self.checkpoint.size} there "
+                "may be more",
+                reason="incomplete",
+            )
+        return range(self.first_seq + earlier, self.last_seq + 1 - later)
+
+
+def _id_of(entry: EntryRecord) -> tuple[int, int]:
+    found = _ENTRY_ID.fullmatch(entry.entry_id)
+    if found is None:
+        raise NotProved(f"{entry.entry_id[:60]!r} is no entry id", reason="malformed")
+    return int(found[1]), int(found[2])
 
 
 def _malformed(why: str) -> NotProved:
@@ -158,7 +225,7 @@ class InclusionProof:
         Raises:
             NotProved: it is no such proof.
         """
-        text = _text(raw, MAX_PROOF_BYTES)
+        text = _text(raw, MAX_ENTRY_BYTES)
         head, blank, note = text.partition("\n\n")
         lines = head.split("\n")
         if not blank or lines[0] != INCLUSION or len(lines) < 3:

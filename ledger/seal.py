@@ -1,5 +1,9 @@
 """The sealer: follows tenants' streams, grows their evidence trees, signs and anchors checkpoints.
 
+Before a log is opened, the copies in Redis and the witnesses are asked what they have of it: what
+is signed is in the anchor before it is anywhere else, so where they have more, or other roots, the
+anchor is not the one that it was, and nothing is signed.
+
 The order of a seal, and what a kill leaves at each step:
 
 1. new entries are read, their tiles written to Redis   nothing is signed; it is done again
@@ -9,6 +13,7 @@ The order of a seal, and what a kill leaves at each step:
 4. a copy goes to `evidence:checkpoints`                the next run copies it
 
 So nothing is signed that the anchor contradicts, and no size is signed twice with other roots.
+Sealers may race: who finds that another was faster goes on from what that one left.
 """
 
 from __future__ import annotations
@@ -30,7 +35,7 @@ from ledger.merkle import EMPTY_ROOT, MAX_SIZE, TileTree, consistency_ranges
 from ledger.note import Checkpoint, Handover, Note, Signature, SigningKey, origin_of
 from ledger.proof import ConsistencyProof
 from ledger.server import Server, pack
-from ledger.stream import Walk, head_command, parse_head
+from ledger.stream import Walk, head_command, parse_head, split_id
 from ledger.tiles import Tiles
 from ledger.witness import WitnessBehind, WitnessClient
 
@@ -47,10 +52,15 @@ SWEEP_INTERVAL_S: Final = 1.0
 SEALS_AT_ONCE: Final = 8
 HEADS_A_CALL: Final = 1000
 COPIES_KEPT: Final = 1000
+COPIES_ASKED: Final = 100
+"""How many of the latest copies an opening sealer looks at; racing ones put them out of order."""
+
+COPIES_COMPARED: Final = 10
+FUTURE_MS: Final = 300_000
 LOGS_KEPT: Final = 1000
 """How many tenants' trees stay in memory, some 20 KiB each."""
 
-ATTEMPTS: Final = 3
+ATTEMPTS: Final = 10
 _log = logging.getLogger("ledger")
 
 Progress = Callable[[int], None]
@@ -126,6 +136,7 @@ class Sealer:
 
         Raises:
             SealRefused: the ledger contradicts the anchor; nothing was signed.
+            AnchorUnavailable: the anchor's file cannot be read or written.
             EntriesMissing, IndexBehind: the record has a hole; nothing was signed beyond it.
             NotFound: nothing is recorded.
             InvalidSetting: there is no anchor directory.
@@ -134,18 +145,30 @@ class Sealer:
         lock = self._locks.setdefault(tenant, asyncio.Lock())
         async with lock:
             log = self._logs.pop(tenant, None)  # what fails, or is not used, is opened anew
-            sealed = await self._seal(tenant, log, on_progress)
+            try:
+                sealed = await self._seal(tenant, log, on_progress)
+            except OSError as error:
+                raise errors.AnchorUnavailable(
+                    f"tenant {tenant}: anchor {self.directory}: {error}",
+                    hint="look at that file and its disk; the next seal finishes what was begun",
+                ) from error
             while len(self._logs) > LOGS_KEPT:
                 self._logs.pop(next(iter(self._logs)))
             return sealed
 
     async def _seal(self, tenant: str, log: _Log | None, on_progress: Progress | None) -> Sealed:
-        count = 0
+        count = wanted = 0
         until_ms = await self._until_ms(tenant)
         for _ in range(ATTEMPTS):
             try:
                 log = log or await self._open(tenant)
-                while await self._grow(log, until_ms, on_progress):
+                if not wanted:
+                    await log.walk.refresh()
+                    wanted = log.walk.head.seq
+                # What comes meanwhile is the next call's; others may have sealed the rest.
+                while (log.torn or log.sealed.size < wanted) and await self._grow(
+                    log, until_ms, on_progress
+                ):
                     count += log.tree.size - log.sealed.size
                     await self._sign(log)
                     if log.used_up:
@@ -164,14 +187,26 @@ class Sealer:
         if (await self.server.node_settings(key)).fsyncs_every_ack:
             return None
         seconds, micros = await self.server.command(key, "TIME")
-        return int(seconds) * 1000 + int(micros) // 1000 - SETTLE_MS
+        now_ms = int(seconds) * 1000 + int(micros) // 1000
+        last = await self.server.command(key, "XREVRANGE", key, "+", "-", "COUNT", 1)
+        if last and split_id(last[0][0])[0] > now_ms + FUTURE_MS:
+            _log.warning(
+                "tenant %s: entry %s lies in the future, so it is not sealed, and nothing can be "
+                "appended behind it: the next append says how to remove it",
+                tenant,
+                last[0][0].decode(),
+            )
+        return now_ms - SETTLE_MS
 
     async def _open(self, tenant: str) -> _Log:
         """The log as the anchor has it, and the tree and place in the stream that belong to it."""
         origin = origin_of(self.key.name, tenant)
         anchor = AnchorFile(self.directory, origin)
+        elsewhere = await self._elsewhere(tenant, origin)  # before the anchor, which is ahead of it
         chain, note, torn = await asyncio.to_thread(self._read_anchor, anchor, origin)
         sealed = _checkpoint(note, chain) if note else Checkpoint(origin, 0, EMPTY_ROOT)
+        for place, seen in elsewhere:
+            _check_known(anchor, chain, torn or sealed, place, seen)
         walk = Walk(self.server, tenant)
         try:
             await walk.start_after(sealed.size)
@@ -184,7 +219,7 @@ class Sealer:
             ) from None
         if not walk.head.epoch:
             raise errors.NotFound(f"tenant {tenant}: nothing is recorded", tenant=tenant)
-        tiles = Tiles(self.server, tenant)
+        tiles = Tiles(self.server, tenant, origin)
         hashed = leaf_hasher(origin)
         tree = await tiles.tree(sealed.size)
         if tree is None or tree.root() != sealed.root:
@@ -195,6 +230,21 @@ class Sealer:
                 if witness.key.matches(signature):
                     log.cosigned[witness.key.name] = signature
         return log
+
+    async def _elsewhere(self, tenant: str, origin: str) -> list[tuple[str, Note]]:
+        """What may be checkpoints of this log outside its anchor, and where they are."""
+        key = keys.evidence_checkpoints(tenant)
+        found = [(key, note) for note in await _latest_copies(self.server, key, origin)]
+        asked = [asyncio.to_thread(one.latest, origin) for one in self.witnesses]
+        results = await asyncio.gather(*asked, return_exceptions=True)
+        for witness, result in zip(self.witnesses, results, strict=True):
+            if isinstance(result, Note):
+                found.append((f"the witness {witness.key.name}", result))
+            elif isinstance(result, errors.LedgerError):
+                _log.warning("tenant %s: what the witness has seen: %s", tenant, result)
+            elif isinstance(result, BaseException):
+                raise result
+        return found
 
     def _read_anchor(
         self, anchor: AnchorFile, origin: str
@@ -214,6 +264,14 @@ class Sealer:
                 hint="seal with that one",
                 reason="wrong-key",
             )
+        if tail.last is not None and not Handover.is_one(tail.last):
+            by = [one for one in tail.last.signatures if one.name == origin]
+            if not all(map(self.key.verifier(origin).matches, by)):
+                raise errors.SealRefused(
+                    f"{anchor.path}: a hand-over to another key was begun, and is not there",
+                    hint="govledger keys rotate once more finishes it",
+                    reason="wrong-key",
+                )
         return chain, tail.last, tail.torn
 
     def _contradicted(self, anchor: AnchorFile, error: errors.NotProved) -> errors.SealRefused:
@@ -260,7 +318,7 @@ class Sealer:
             SealRefused: the entries are not those that were sealed.
         """
         log = await self._open(tenant)
-        tiles = keys.evidence_tiles(tenant)
+        tiles = keys.evidence_tiles(tenant, log.origin)
         await self.server.command(tiles, "UNLINK", tiles)
         await self._rederived(tenant, log.sealed, log.tiles)
         self._logs.pop(tenant, None)
@@ -340,13 +398,22 @@ class Sealer:
                 _log.warning("tenant %s: not cosigned: %s", log.tenant, result)
             elif isinstance(result, errors.SealRefused):
                 refused = result
-            else:
+            else:  # also where another sealer was faster
                 raise result
         cosigned = note.with_signatures(log.cosigned.values())
         if cosigned != note:
             await asyncio.to_thread(self._add_copy, log, cosigned)
             log.note = cosigned
-        await publish_copy(self.server, log.tenant, log.sealed.size, cosigned)
+        try:
+            await publish_copy(self.server, log.tenant, cosigned)
+        except errors.LedgerError as error:
+            _log.warning(
+                "tenant %s: sealed, the anchor has it, and %s no copy: %s; if it stays so, delete "
+                "that key: the next seal makes it anew",
+                log.tenant,
+                keys.evidence_checkpoints(log.tenant),
+                error,
+            )
         if refused:
             raise refused
         return Sealed(log.tenant, count, log.sealed, tuple(log.cosigned), waiting=waiting)
@@ -370,6 +437,8 @@ class Sealer:
             except WitnessBehind as stands:
                 old = stands.size
                 if old > log.sealed.size:
+                    if await asyncio.to_thread(_anchored_size, log.anchor) >= old:
+                        raise _AnchorMoved from None
                     raise errors.SealRefused(
                         f"tenant {log.tenant}: the witness {witness.key.name} has seen size {old}, "
                         f"the anchor ends at {log.sealed.size}",
@@ -397,7 +466,7 @@ class Sealer:
         while True:
             try:
                 behind = await self._behind()
-            except errors.Unavailable as error:
+            except errors.LedgerError as error:
                 _log.warning("sealing waits: %s", error)
                 behind = {}
             now = time.monotonic()
@@ -426,9 +495,10 @@ class Sealer:
             for tenant in tenants or list(await self._behind()):
                 try:
                     done.append(await self.seal(tenant))
-                except (errors.Unavailable, errors.InvalidSetting):
-                    raise
                 except errors.LedgerError as error:
+                    of_all = isinstance(error, (errors.Unavailable, errors.InvalidSetting))
+                    if of_all and not isinstance(error, errors.AnchorUnavailable):
+                        raise
                     refused[tenant] = error
             if refused:
                 _, last = refused.popitem()
@@ -472,26 +542,85 @@ def _checkpoint(note: Note, chain: Chain) -> Checkpoint:
     return Handover.parse(note).at if Handover.is_one(note) else chain.verified(note)
 
 
-async def publish_copy(server: Server, tenant: str, size: int, note: Note) -> None:
-    """Puts a copy of a signed checkpoint into Redis, unless it is the last one there."""
-    key = keys.evidence_checkpoints(tenant)
-    packed = [pack("XREVRANGE", key, "+", "-", "COUNT", 1)]
-    (last,) = await server.exchange(key, packed, 1)
-    if server.checked(last) and last[0][1] == [b"note", note.encode()]:
-        return
-    await server.command(
-        key, "XADD", key, "MAXLEN", "~", COPIES_KEPT, f"{size}-*", "note", note.encode()
-    )
+def _check_known(
+    anchor: AnchorFile, chain: Chain, sealed: Checkpoint, place: str, note: Note
+) -> None:
+    """What was signed for this log is in its anchor, wherever it was seen.
+
+    Raises:
+        SealRefused: the anchor does not have it: it was put back, or is another one.
+    """
+    try:
+        if Checkpoint.parse(note.text).size < sealed.size:
+            return
+        seen = chain.verified(note)
+    except errors.NotProved:
+        return  # nothing that this log's key has signed; `verify` says what it is
+    if seen.size > sealed.size:
+        raise errors.SealRefused(
+            f"{anchor.path} ends at {sealed.size}, and {place} has a checkpoint of size "
+            f"{seen.size} that this log's key has signed",
+            hint="the anchor was put back to an earlier state, or is another one: use the one that "
+            "has it; where that is lost, seal under another deployment name (README, Evidence)",
+            reason="rolled-back",
+        )
+    if seen.size == sealed.size and seen.root != sealed.root:
+        raise errors.SealRefused(
+            f"{anchor.path} and {place} have signed checkpoints of size {seen.size} with different "
+            "roots",
+            hint="find out who has the key: two histories were signed with it",
+            reason="split-view",
+        )
+
+
+def _anchored_size(anchor: AnchorFile) -> int:
+    """Where the anchor ends now, by its own word."""
+    with anchor.locked() as stream:
+        last = anchor.tail(stream).last
+    if last is None:
+        return 0
+    return (Handover.parse(last).at if Handover.is_one(last) else Checkpoint.parse(last.text)).size
+
+
+async def _latest_copies(server: Server, key: str, origin: str) -> list[Note]:
+    """The latest notes in Redis that say they are of this log; none where there is no such key."""
+    ours = origin.encode() + b"\n"
+    found: list[Note] = []
+    for count in (COPIES_ASKED, 2 * COPIES_KEPT):
+        (reply,) = await server.exchange(key, [pack("XREVRANGE", key, "+", "-", "COUNT", count)], 1)
+        try:
+            page = server.checked(reply)
+        except errors.ServerError as error:  # another type of key
+            _log.warning("%s: %s", key, error)
+            return []
+        raw = [fields[1] for _, fields in page if fields[1].startswith(ours)]
+        for one in raw:
+            try:
+                found.append(Note.parse(one))
+            except errors.NotProved as error:
+                _log.warning("%s: no signed note: %s", key, error)
+        if found or len(page) < count:
+            break
+    return found
+
+
+async def publish_copy(server: Server, tenant: str, note: Note) -> None:
+    """Puts a copy of a signed checkpoint into Redis, unless it is one of the last there."""
+    key, raw = keys.evidence_checkpoints(tenant), note.encode()
+    last = await server.command(key, "XREVRANGE", key, "+", "-", "COUNT", COPIES_COMPARED)
+    if not any(fields == [b"note", raw] for _, fields in last):
+        # In order of time: a size in the id would let whoever is ahead shut the others out.
+        await server.command(key, "XADD", key, "MAXLEN", "~", COPIES_KEPT, "*", "note", raw)
 
 
 def rotate(directory: Path, old: SigningKey, new: SigningKey) -> list[str]:
     """Hands every log of a deployment in an anchor directory over to a new key; their origins.
 
-    What was handed over already is left; blocks.
+    What was handed over already is left; blocks. The last checkpoint is signed by both keys, too.
 
     Raises:
         InvalidInput: the keys are of different deployments, or the same key.
-        SealRefused: a log's checkpoints are not by the old key.
+        SealRefused: a log's checkpoints are not by the old key; all others are handed over.
     """
     if old.name != new.name or old.encode() == new.encode():
         raise errors.InvalidInput(
@@ -499,17 +628,20 @@ def rotate(directory: Path, old: SigningKey, new: SigningKey) -> list[str]:
             hint="govledger keys new --deployment with the same name makes the next one",
         )
     done = []
+    refused: errors.SealRefused | None = None
     for path in sorted(directory.glob(f"*{AnchorFile.SUFFIX}")):
         origin = AnchorFile.origin_of(path)
-        if not origin.startswith(f"{old.name}/"):
+        if origin.rpartition("/")[0] != old.name:
             continue
-        anchor = AnchorFile(directory, origin)
         try:
-            if _handed_over(anchor, origin, old, new):
+            if _handed_over(AnchorFile(directory, origin), origin, old, new):
                 done.append(origin)
         except errors.NotProved as error:
             reason = str(error.facts.get("reason"))
-            raise errors.SealRefused(f"{path}: {error.message}", reason=reason) from None
+            refused = errors.SealRefused(f"{path}: {error.message}", reason=reason)
+    if refused:
+        refused.facts["handed_over"] = done
+        raise refused
     return done
 
 
@@ -528,5 +660,12 @@ def _handed_over(anchor: AnchorFile, origin: str, old: SigningKey, new: SigningK
             )
         if chain.keys_at(MAX_SIZE)[0] != old_key:
             raise errors.NotProved("another key than the old one is in charge", reason="wrong-key")
-        anchor.append(stream, tail, Handover.signed(_checkpoint(tail.last, chain), old, new))
+        at = _checkpoint(tail.last, chain)
+        text = at.text()
+        signed = Note(text, ()) if Handover.is_one(tail.last) else tail.last
+        both = signed.with_signatures([old.sign(text, origin), new.sign(text, origin)])
+        if both != tail.last:  # proofs before the next seal verify with either key
+            anchor.append(stream, tail, both)
+            tail = anchor.tail(stream)
+        anchor.append(stream, tail, Handover.signed(at, old, new))
     return True

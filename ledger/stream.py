@@ -278,6 +278,8 @@ async def find_by_id(server: Server, tenant: str, event_id: str) -> Entry | None
     entry = await _exactly(server, tenant, time_ms, seq)
     if entry is None:
         raise _missing(tenant, seq, seq)
+    if entry.raw_fields[3:4] != [event_id.encode()]:
+        raise bad_index(tenant, [event_id])  # it leads to another event
     return entry
 
 

@@ -1,8 +1,8 @@
 """The evidence tree's hashes in Redis, as C2SP tlog-tiles has them: what proofs are made of.
 
-The hash `evidence:tiles` has a field `<level>/<number>` for each tile: up to 256 hashes of 32
-bytes, in all 32.1 bytes an entry. They are a convenience, never evidence: whoever can write there
-can change them, so whatever is made of them is compared with a signed root.
+A log's hash `evidence:tiles:<log>` has a field `<level>/<number>` for each tile: up to 256 hashes
+of 32 bytes, in all 32.1 bytes an entry. They are a convenience, never evidence: whoever can write
+there can change them, so whatever is made of them is compared with a signed root.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from ledger.merkle import (
 )
 from ledger.server import Server
 
-__all__ = ["Tiles", "partial_rows"]
+__all__ = ["DerivedTiles", "Tiles", "hashes_of", "partial_rows"]
+
+TileRows = dict[tuple[int, int], list[bytes]]
 
 _LEVELS: Final = 8  # of the tree in one of tiles
 _WRITE_AT_ONCE: Final = 128
@@ -40,11 +42,11 @@ def partial_rows(size: int) -> list[tuple[int, int, int]]:
 
 
 class Tiles:
-    """One tenant's tiles."""
+    """One log's tiles."""
 
-    def __init__(self, server: Server, tenant: str) -> None:
+    def __init__(self, server: Server, tenant: str, origin: str) -> None:
         self._server = server
-        self._key = keys.evidence_tiles(tenant)
+        self._key = keys.evidence_tiles(tenant, origin)
         self._tenant = tenant
         self._full: list[tuple[int, int, list[bytes]]] = []
 
@@ -75,7 +77,11 @@ class Tiles:
                 for level, number, hashes in tiles
                 for part in (f"{level}/{number}", b"".join(hashes))
             ]
-            await self._server.command(self._key, "HSET", self._key, *fields)
+            await self._server.function("govledger_write_tiles", [self._key], *fields)
+
+    async def any(self) -> bool:
+        """Whether there are tiles, or something in their place."""
+        return bool(await self._server.command(self._key, "EXISTS", self._key))
 
     async def read(self, wanted: Iterable[tuple[int, int]]) -> dict[tuple[int, int], list[bytes]]:
         """Tiles by level and number; those that are absent, or no tiles, are left out."""
@@ -122,19 +128,51 @@ class Tiles:
         Raises:
             NotProved: a tile is gone.
         """
-        places = {one: _place(one) for one in wanted}
-        tiles = await self.read({(level, number) for level, number, _, _ in places.values()})
-        hashes = {}
-        for one, (level, number, first, width) in places.items():
-            row = tiles.get((level, number), [])[first : first + width]
-            if len(row) != width:
-                raise NotProved(
-                    f"tenant {self._tenant}: tile {level}/{number} of {self._key} is gone or cut",
-                    hint=f"govledger seal {self._tenant} --once --rebuild-tiles",
-                    reason="tiles-damaged",
-                )
-            hashes[one] = perfect_root(row)
-        return hashes.__getitem__
+        nodes = list(wanted)
+        tiles = await self.read({_place(one)[:2] for one in nodes})
+        return hashes_of(nodes, tiles, f"{self._key} of tenant {self._tenant}")
+
+
+def hashes_of(nodes: Iterable[Node], tiles: TileRows, where: str) -> Callable[[Node], bytes]:
+    """The hash of each node.
+
+    Raises:
+        NotProved: a tile is not there, or too short; `where` is for the message.
+    """
+    hashes = {}
+    for one in nodes:
+        level, number, first, width = _place(one)
+        row = tiles.get((level, number), [])[first : first + width]
+        if len(row) != width:
+            raise NotProved(
+                f"tile {level}/{number} of {where} is gone or cut",
+                hint="govledger seal TENANT --once --rebuild-tiles",
+                reason="tiles-damaged",
+            )
+        hashes[one] = perfect_root(row)
+    return hashes.__getitem__
+
+
+class DerivedTiles:
+    """The few tiles that lead to some nodes, made of all leaves: for where Redis has none."""
+
+    def __init__(self, nodes: Iterable[Node]) -> None:
+        self._nodes = list(nodes)
+        self._wanted = {_place(one)[:2] for one in self._nodes}
+        self._rows: TileRows = {}
+        self.tree = TileTree(self._keep)
+
+    def _keep(self, level: int, number: int, hashes: list[bytes]) -> None:
+        if (level, number) in self._wanted:
+            self._rows[level, number] = hashes
+
+    def hashes(self) -> Callable[[Node], bytes]:
+        """The hash of each node, of the leaves that `tree` was given."""
+        rows = dict(self._rows)
+        for level, number, _ in partial_rows(self.tree.size):
+            if level < len(self.tree.rows):
+                rows[level, number] = self.tree.rows[level]
+        return hashes_of(self._nodes, rows, "the tree")
 
 
 def _place(node: Node) -> tuple[int, int, int, int]:

@@ -43,6 +43,8 @@ _OWN_NAMES: Final = (b"type", b"id", b"data")
 _SHOWN: Final = 100
 _WINDOW: Final = 1000
 _MAX_COPIES: Final = 5000
+_OTHERS_SHOWN: Final = 10
+_ORIGIN_SHOWN: Final = 200
 _URLS: Final = ("http://", "https://")
 
 Progress = Callable[[int], None]
@@ -78,6 +80,9 @@ class Verification:
     """Trusted witnesses of the last checkpoint, and when (s since 1970) they cosigned it."""
 
     findings: list[Finding] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """What is worth knowing and says nothing against the record."""
+
     not_proved: list[str] = field(default_factory=list)
     """What nobody should conclude from it."""
 
@@ -230,7 +235,8 @@ async def _anchor_of(
 ) -> _Anchored:
     if anchor is not None:
         return await asyncio.to_thread(read_anchor, anchor, key.name, [key])
-    notes = [note async for _, note in _copies(server, found.tenant)]
+    notes = [note async for note in _copies(server, found.tenant, key.name)]
+    notes.sort(key=lambda note: Checkpoint.parse(note.text).size)
     return _anchored(Chain(key.name, (key,)), "Redis", lambda: iter(notes))
 
 
@@ -288,7 +294,7 @@ class _Run:
         self.found = found
         self.tenant = found.tenant
         self.hashed = hashed
-        self.tiles = Tiles(server, found.tenant)
+        self.tiles = Tiles(server, found.tenant, found.origin)
         self._on_progress = on_progress
         self._foreign: list[int] = []
         self._foreign_count = 0
@@ -376,7 +382,12 @@ class _Run:
             row = self._rows[level] if level < len(self._rows) else []
             if width and there.get((level, number), [])[:width] != row and self._damaged is None:
                 self._damaged = number * TILE_WIDTH ** (level + 1) + 1
-        if self._damaged is not None:
+        if self._damaged is not None and not await self.tiles.any():
+            self.found.notes.append(
+                "the tiles in Redis are gone, or never came here: the proof stands, and proofs of "
+                "entries are made by reading all of them until a sealer makes the tiles anew"
+            )
+        elif self._damaged is not None:
             self.found.found(
                 "tiles-damaged",
                 "the tiles in Redis are not those of the entries; the proof stands without them, "
@@ -440,10 +451,11 @@ class _Run:
             )
 
     async def _last_copy(self) -> Checkpoint | None:
-        last = None
+        last: Checkpoint | None = None
         try:
-            async for _, note in _copies(self.server, self.tenant):
-                last = Checkpoint.parse(note.text)
+            async for note in _copies(self.server, self.tenant, self.found.origin):
+                copy = Checkpoint.parse(note.text)
+                last = copy if last is None or copy.size > last.size else last
         except NotProved:
             return None
         return last
@@ -529,19 +541,20 @@ class _Run:
         """The checkpoints in Redis: each must be signed, and of this log; `compare` looks at their
         roots.
         """
+        others: set[str] = set()
         try:
-            async for size, note in _copies(self.server, self.tenant):
-                self._copies.append(self._copy(anchored.chain, size, note))
+            async for note in _copies(self.server, self.tenant, self.found.origin, others):
+                self._copies.append(self._copy(anchored.chain, note))
         except NotProved as error:
             told = f"{keys.evidence_checkpoints(self.tenant)}: {error.message}"
             self.found.found(f"copy-{error.facts['reason']}", told)
+        self._copies.sort(key=lambda copy: copy.size)  # racing sealers file them as they come
+        if others:
+            told = f"checkpoints of other logs of this tenant: {', '.join(sorted(others))}"
+            self.found.notes.append(f"Redis has {told}; they are not compared")
 
-    def _copy(self, chain: Chain, size: int, note: Note) -> Checkpoint:
+    def _copy(self, chain: Chain, note: Note) -> Checkpoint:
         checkpoint = chain.verified(note)
-        if size != checkpoint.size:
-            raise NotProved(
-                f"a checkpoint of size {checkpoint.size} is filed under {size}", reason="wrong-size"
-            )
         if len(self._copies) == _MAX_COPIES:
             raise NotProved(f"there are more than {_MAX_COPIES}", reason="too-many")
         return checkpoint
@@ -586,8 +599,11 @@ async def _of_type(reply: Awaitable[Any], key: str) -> Any:
         raise
 
 
-async def _copies(server: Server, tenant: str) -> AsyncIterator[tuple[int, Note]]:
-    """The copies of checkpoints in Redis, by the size they are filed under.
+async def _copies(
+    server: Server, tenant: str, origin: str, others: set[str] | None = None
+) -> AsyncIterator[Note]:
+    """The copies of a log's checkpoints in Redis. Those of other logs, such as of the deployment
+    before a key was lost, are not looked at; `others` gets the first of their origins.
 
     Raises:
         NotProved: what is there is no copy of a signed note.
@@ -601,8 +617,13 @@ async def _copies(server: Server, tenant: str) -> AsyncIterator[tuple[int, Note]
             if len(fields) != 2 or fields[0] != b"note":
                 raise NotProved(f"{raw_id.decode()} is no note", reason="malformed")
             note = Note.parse(fields[1])
-            if not Handover.is_one(note):
-                yield split_id(raw_id)[0], note
+            if Handover.is_one(note):
+                continue
+            theirs = Checkpoint.parse(note.text).origin
+            if theirs == origin:
+                yield note
+            elif others is not None and len(others) < _OTHERS_SHOWN:
+                others.add(theirs[:_ORIGIN_SHOWN])
         if len(page) < _WINDOW:
             return
         after = page[-1][0].decode()

@@ -47,9 +47,9 @@ class Case:
         self.client = self.server.client()
         self.stream = keys.decisions(self.tenant)
         self.head = keys.head(self.tenant)
-        self.tiles = keys.evidence_tiles(self.tenant)
-        self.copies = keys.evidence_checkpoints(self.tenant)
         self.origin = f"{DEPLOYMENT}/{self.tenant}"
+        self.tiles = keys.evidence_tiles(self.tenant, self.origin)
+        self.copies = keys.evidence_checkpoints(self.tenant)
         self.file = AnchorFile(self.anchor, self.origin).path
 
     def sealer(self, key: SigningKey | None = None, anchor: Path | None = None) -> Sealer:

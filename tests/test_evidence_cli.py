@@ -121,20 +121,24 @@ def test_ranges_prove_completeness(owner, tmp_path):
     done = run(None, "verify-proof", proof, "--key", owner.key)
     assert "records 5 to 9 of 20, and no other between" in done.out
     today = datetime.now(UTC).date().isoformat()
-    days = f"{today}..2099-01-01"
-    done = owner.run("prove", owner.tenant, "--range", days, "-o", proof, "--withhold-data")
+    days, all_of_them = f"{today}..2099-01-01", tmp_path / "days.range-proof"
+    told = ["--range", days, "-o", all_of_them]
+    done = owner.run("prove", owner.tenant, *told, "--withhold-data")
     assert done.code == 0, done.err
-    shown = run(None, "verify-proof", proof, "--key", owner.key, "--json").lines[0]
+    shown = run(None, "verify-proof", all_of_them, "--key", owner.key, "--json").lines[0]
     assert len(shown["entries"]) == 20
     assert all(one["fields"][2][1].startswith("withheld") for one in shown["entries"])
-    for wrong, code in (
-        ("9..5", 2),
-        ("x..y", 2),
-        ("7", 2),
-        ("1..21", 1),
-        ("2001-01-01..2001-01-02", 1),
-    ):
-        assert owner.run("prove", owner.tenant, "--range", wrong, "-o", proof).code == code, wrong
+    for wrong, code in (("9..5", 2), ("0..3", 2), ("x..y", 2), ("7", 2), ("9" * 30 + "..", 2)):
+        done = owner.run("prove", owner.tenant, "--range", wrong, "-o", tmp_path / "new")
+        assert done.code == code, wrong
+    assert owner.run("prove", owner.tenant, *told).code == 4  # nothing is overwritten
+    done = run(None, "verify-proof", all_of_them, "--key", owner.key, "--range", days)
+    assert "recorded in that time: 20, 1 to 20, and no other; the checkpoint ends there" in done.out
+    for asked, code in (("5..9", 0), ("5..10", 1), (days, 1), ("x..y", 2)):
+        done = run(None, "verify-proof", proof, "--key", owner.key, "--range", asked, "--json")
+        assert done.code == code, asked
+    done = owner.run("prove", owner.tenant, "d-1", "-o", owner.key_file)
+    assert (done.code, "exists" in done.err) == (4, True)
 
 
 def test_a_checkpoint_continues_an_earlier_one(owner, tmp_path):
@@ -251,7 +255,7 @@ def test_examples_in_the_help_work(fresh_server, tenant, tmp_path):
         for line in command.epilog.splitlines()
         if "govledger " in line
     ]
-    assert len(examples) == 8
+    assert len(examples) == 9
     today = datetime.now(UTC).date().isoformat()
     names["2026-03-01..2026-03-31"] = f"{today}..2099-01-01"
     for example in examples:

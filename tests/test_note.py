@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import tempfile
 from pathlib import Path
@@ -177,22 +178,42 @@ def test_handover_text_is_no_checkpoint():
         Checkpoint.parse(Handover.signed(at, KEY, SigningKey.generate("acme.example/prod")).text)
 
 
-@pytest.mark.parametrize("deployment", ["a b", "a+b", "a\nb", "", "/a", "a/", "é", "x" * 129])
+@pytest.mark.parametrize(
+    "deployment", ["a b", "a+b", "a\nb", "", "/a", "a/", "é", "x" * 129, "/".join("a" * 60)]
+)
 def test_names_that_could_break_a_note_are_refused(deployment):
-    """A deployment's name cannot bring a newline, a space or a plus into a checkpoint."""
+    """A deployment's name cannot bring a newline, a space or a plus into a checkpoint, nor make a
+    file's name too long.
+    """
     with pytest.raises(InvalidInput):
         SigningKey.generate(deployment)
     with pytest.raises(InvalidInput):
         origin_of("acme.example", "t\nx")
 
 
+def test_every_deployment_has_files_for_its_logs(tmp_path):
+    """The longest name that is allowed fits into a file's name; a longer one is refused by it."""
+    longest = "/".join("a" * 44) + "aaa"
+    with pytest.raises(InvalidInput, match="too long"):
+        SigningKey.generate(f"{longest}a")
+    anchor = AnchorFile(tmp_path, f"{SigningKey.generate(longest).name}/{'t' * 64}")
+    with anchor.locked() as stream:
+        assert anchor.tail(stream).last is None
+    with pytest.raises(InvalidInput, match="too long for its file"):
+        AnchorFile(tmp_path, f"{longest}a/{'t' * 64}")
+
+
 # -- key files ---------------------------------------------------------------------------------
 
 
-def test_key_files_are_private(tmp_path):
-    """A key is written with 0600, never over another, and refused when others can read it."""
-    path = tmp_path / "seal.key"
+def test_key_files_are_private(tmp_path, monkeypatch):
+    """A key is written with 0600, never over another, on disk with its name, and refused when
+    others can read it.
+    """
+    path, synced, fsync = tmp_path / "seal.key", [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: (synced.append(os.fstat(fd)), fsync(fd)))
     write_key(path, KEY)
+    assert [one.st_ino for one in synced] == [path.stat().st_ino, tmp_path.stat().st_ino]
     assert path.stat().st_mode & 0o777 == 0o600
     assert read_key(path).encode() == KEY.encode()
     with pytest.raises(InvalidInput, match="exists"):

@@ -102,7 +102,7 @@ def test_every_command_works_in_order(embedded_dir, tmp_path):
         keys.projection_active("tenant"),
         keys.snapshots("tenant", "governance", 1),
         keys.evidence_checkpoints("tenant"),
-        keys.evidence_tiles("tenant"),
+        keys.evidence_tiles("tenant", "acme.example/prod/acgs-dev"),
         keys.TENANTS,
         keys.FEED,
         keys.attestation("<run_id>"),

@@ -16,11 +16,13 @@ import pytest
 from ledger import Ledger, errors, keys
 from ledger.anchor import AnchorFile, read_notes
 from ledger.note import Checkpoint, Handover, Note, SigningKey
+from ledger.prove import prove
 from ledger.seal import Sealer, rotate
 from ledger.service.witness_server import WitnessServer
+from ledger.tiles import Tiles
 from ledger.verify import verify
 from ledger.witness import Witness, WitnessClient, log_path
-from tests.evidence import DEPLOYMENT, Case, decision, sealed_case
+from tests.evidence import DEPLOYMENT, Case, decision, sealed_case, signed
 from tests.servers import KINDS, new_tenant, wait_until
 from tests.test_server import as_user, recipe
 
@@ -243,13 +245,8 @@ async def test_racing_sealers_agree(case):
         for number in range(13, 33):
             await case.append(number, number)
             sealers = [Sealer(one, case.key, case.anchor) for one in others]
-            results = await asyncio.gather(
-                *(sealer.seal(case.tenant) for sealer in sealers), return_exceptions=True
-            )
-            for result in results:
-                if isinstance(result, BaseException):
-                    assert isinstance(result, errors.SealRefused)
-                    assert result.facts["reason"] == "busy"
+            sealed = await asyncio.gather(*(sealer.seal(case.tenant) for sealer in sealers))
+            assert {one.checkpoint.size for one in sealed} == {number}
     finally:
         for one in others:
             await one.aclose()
@@ -260,6 +257,52 @@ async def test_racing_sealers_agree(case):
 
 async def _opened(case):
     return await Ledger.connect(case.server.url)
+
+
+def overtaken(case, slow, fast):
+    """Another sealer seals between the slow one's signature and what it does with it."""
+    publish = slow._publish
+
+    async def late(*args, **options):
+        slow._publish = publish
+        await case.append(21, 25)
+        await fast.seal(case.tenant)
+        return await publish(*args, **options)
+
+    slow._publish = late
+
+
+@pytest.mark.parametrize("witnessed", [False, True])
+async def test_overtaken_sealer_goes_on(case, tmp_path, witnessed):
+    """A sealer that another one overtakes, also at the witness, neither fails nor stops."""
+    with serving(tmp_path / "witness", case.key.verifier()) as (client, _):
+        clients = [client] if witnessed else []
+        slow, fast = (Sealer(case.ledger, case.key, case.anchor, clients) for _ in range(2))
+        await case.append(13, 20)
+        overtaken(case, slow, fast)
+        sealed = await slow.seal(case.tenant)
+        assert sealed.witnesses == tuple(one.key.name for one in clients)
+        assert (sealed.entries, sealed.checkpoint.size) == (8, 25 if witnessed else 20)
+        assert (await case.verify(witnesses=[one.key for one in clients])).ok
+
+
+async def test_tiles_never_get_shorter(case):
+    """A row that comes late, from a slower sealer, takes nothing from the one that is there."""
+    tiles = Tiles(case.ledger.server, case.tenant, case.origin)
+    slow = await tiles.tree(12)
+    await case.append(13, 300)
+    await case.sealer().seal(case.tenant)
+    there = case.client.hgetall(case.tiles)
+    await tiles.write_rows(slow)
+    assert case.client.hgetall(case.tiles) == there
+    case.client.hset(case.tiles, "1/0", b"x" * 64)
+    await tiles.write_rows(await tiles.tree(300))
+    assert case.client.hget(case.tiles, "1/0") == b"x" * 64  # the same, as far as it goes
+    case.client.delete(case.tiles)
+    case.client.set(case.tiles, "another type")
+    await case.append(301, 301)
+    await case.sealer().seal(case.tenant)
+    assert (await case.verify()).ok
 
 
 # -- what it refuses ---------------------------------------------------------------------------
@@ -320,6 +363,77 @@ async def test_hole_in_the_record_stops_the_sealer(case):
     assert case.file.read_bytes() == before
 
 
+@pytest.mark.parametrize("anchor", ["put back", "another directory", "with another root"])
+async def test_anchor_that_lacks_what_was_signed_is_not_sealed_on(case, tmp_path, anchor):
+    """Where Redis has a checkpoint of this key that the anchor has not, nothing is signed."""
+    before, directory = case.file.read_bytes(), case.anchor
+    await case.append(13, 20)
+    await case.sealer().seal(case.tenant)
+    if anchor == "another directory":
+        directory = tmp_path / "other"
+        directory.mkdir()
+    elif anchor == "put back":
+        case.file.write_bytes(before)
+        case.edit(15, lambda fields: fields.__setitem__(5, fields[5].replace(b"allow", b"deny!")))
+    else:
+        case.copy(signed(case.key, case.origin, 20, b"r" * 32))
+    held = [one.read_bytes() for one in directory.iterdir()]
+    with pytest.raises(errors.SealRefused, match="checkpoint") as caught:
+        await case.sealer(anchor=directory).seal(case.tenant)
+    reason = "split-view" if anchor == "with another root" else "rolled-back"
+    assert caught.value.facts["reason"] == reason
+    assert [one.read_bytes() for one in directory.iterdir() if one.stat().st_size] == held
+
+
+async def test_other_logs_of_a_tenant_are_not_in_the_way(case, tmp_path):
+    """After a key was lost a log of another name begins anew beside it, and both verify."""
+    new, anchor = SigningKey.generate("acme.example/prod-2"), tmp_path / "second"
+    anchor.mkdir()
+    await case.append(13, 14)
+    assert (await case.sealer(new, anchor).seal(case.tenant)).entries == 14
+    found = await verify(case.ledger, case.tenant, new.verifier(), anchor=anchor)
+    assert (found.ok, found.sealed) == (True, 14), found.findings
+    found = await case.verify()
+    assert (found.ok, found.sealed) == (True, 12), found.findings
+    assert "acme.example/prod-2" in found.notes[0]
+    await case.sealer().seal(case.tenant)  # the key is found again
+    assert (await case.verify()).ok
+    assert (await case.verify(anchor=None)).findings == []
+
+
+@pytest.mark.parametrize("by", ["the last id", "another type"])
+async def test_copies_that_cannot_be_written_are_a_warning(case, caplog, by):
+    """The anchor has the checkpoint, so it is sealed; the key that is in the way is named."""
+    if by == "the last id":
+        case.client.execute_command("XADD", case.copies, f"{2**64 - 1}-{2**64 - 1}", "note", "x")
+    else:
+        case.client.delete(case.copies)
+        case.client.set(case.copies, "x")
+    await case.append(13, 15)
+    assert (await case.sealer().seal(case.tenant)).checkpoint.size == 15
+    assert any(case.copies in one and "delete that key" in one for one in caplog.messages)
+
+
+async def test_unreadable_anchor_file_stops_its_tenant_alone(case, caplog):
+    """What the disk refuses is that tenant's error, and is tried again; the others are sealed."""
+    other = new_tenant()
+    await case.ledger.append(other, decision(1))
+    kept = case.file.read_bytes()
+    case.file.unlink()
+    case.file.symlink_to(case.file)
+    sealer = case.sealer()
+    with pytest.raises(errors.AnchorUnavailable, match="symbolic links") as caught:
+        await sealer.run_once([case.tenant, other])
+    assert [one.tenant for one in caught.value.facts["sealed"]] == [other]
+    await sealer._seal_safely(case.tenant)
+    assert "not sealed" in caplog.messages[-1]
+    assert sealer.stopped == {}
+    case.file.unlink()
+    case.file.write_bytes(kept)
+    await sealer._seal_safely(case.tenant)
+    assert (await sealer.seal(case.tenant)).checkpoint.size == 12
+
+
 async def test_absent_anchor_directory_is_not_made(case, tmp_path):
     """A mount that is missing must be noticed, not written beside."""
     with pytest.raises(errors.InvalidSetting, match="there is no directory"):
@@ -362,6 +476,52 @@ async def test_rotation_keeps_old_and_new_verifiers(case):
     stranger = SigningKey.generate(DEPLOYMENT).verifier()
     found = await verify(case.ledger, case.tenant, stranger, anchor=case.anchor)
     assert [one.reason for one in found.findings] == ["wrong-key"]
+
+
+async def test_proofs_between_a_rotation_and_the_next_seal(case):
+    """The last checkpoint is signed by both keys, so proofs verify with either, twice over."""
+    keys_of = [case.key, *(SigningKey.generate(DEPLOYMENT) for _ in range(2))]
+    for old, new in pairwise(keys_of):
+        assert rotate(case.anchor, old, new) == [case.origin]
+        for key in (old, new):
+            options = {"key": key.verifier(), "anchor": case.anchor}
+            proof = await prove(case.ledger, case.tenant, "d-3", **options)
+            assert proof.verify([key.verifier()]).first_seq == 3
+            found = await verify(case.ledger, case.tenant, key.verifier(), anchor=case.anchor)
+            assert found.ok, found.findings
+    await case.append(13, 13)
+    await case.sealer(keys_of[-1]).seal(case.tenant)
+    for key in keys_of:
+        assert (await verify(case.ledger, case.tenant, key.verifier(), anchor=case.anchor)).ok
+
+
+async def test_rotation_that_was_cut_short_is_finished(case):
+    """Killed before its hand-over is whole, nothing is signed by either key until it runs again."""
+    new = SigningKey.generate(DEPLOYMENT)
+    rotate(case.anchor, case.key, new)
+    raw = case.file.read_bytes()
+    begin = raw.index(Handover.FIRST_LINE)
+    for cut in (begin, begin + 100, len(raw) - 60):
+        case.file.write_bytes(raw[:cut])
+        for key in (case.key, new):
+            with pytest.raises(errors.SealRefused, match="hand-over to another key was begun"):
+                await case.sealer(key).seal(case.tenant)
+        assert rotate(case.anchor, case.key, new) == [case.origin]
+        assert case.file.read_bytes() == raw
+
+
+def test_rotation_is_of_one_deployment(tmp_path):
+    """Logs of a deployment whose name begins alike are left, and one that fails stops no other."""
+    old, new, under = (SigningKey.generate(f"acme.example{end}") for end in ("", "", "/prod"))
+    stranger = SigningKey.generate("acme.example")
+    for key, tenant in ((old, "a"), (stranger, "b"), (old, "c"), (under, "d")):
+        origin = f"{key.name}/{tenant}"
+        anchor = AnchorFile(tmp_path, origin)
+        with anchor.locked() as stream:
+            anchor.append(stream, anchor.tail(stream), signed(key, origin, 1, b"r" * 32))
+    with pytest.raises(errors.SealRefused, match="Fb") as caught:
+        rotate(tmp_path, old, new)
+    assert caught.value.facts["handed_over"] == ["acme.example/a", "acme.example/c"]
 
 
 async def test_old_key_signs_nothing_after_the_hand_over(case):
@@ -407,8 +567,10 @@ async def test_witness_that_is_away_is_caught_up_later(case, tmp_path):
         assert found.sealed == 14
 
 
-async def test_witness_notices_a_fork(case, tmp_path):
-    """A directory put back, and another history signed: the witness refuses, the sealer shouts."""
+async def test_witness_notices_a_fork(case, tmp_path, monkeypatch):
+    """A directory put back, and another history signed: a witness that shows its latest checkpoint
+    stops the sealer before it signs, one that does not refuses what it signed.
+    """
     with serving(tmp_path / "witness", case.key.verifier()) as (client, _):
         before = case.file.read_bytes()
         names = case.client.keys(f"claude-flow:ledger:{{{case.tenant}}}:*")
@@ -419,6 +581,10 @@ async def test_witness_notices_a_fork(case, tmp_path):
         case.client.delete(*backup)
         for name, dump in backup.items():
             case.client.restore(name, 0, dump)
+        with pytest.raises(errors.SealRefused, match=r"w1 has a checkpoint of size 15"):
+            await Sealer(case.ledger, case.key, case.anchor, [client]).seal(case.tenant)
+        assert case.file.read_bytes() == before
+        monkeypatch.setattr(WitnessClient, "latest", lambda *_: None)
         with pytest.raises(errors.SealRefused, match="has seen size 15"):
             await Sealer(case.ledger, case.key, case.anchor, [client]).seal(case.tenant)
         await case.append(113, 120)
@@ -461,8 +627,10 @@ async def test_running_sealer_seals_by_count_and_by_age(valkey, tmp_path):
             assert (await verify(ledger, tenant, key.verifier(), anchor=anchor)).ok
 
 
-async def test_young_entries_wait_where_the_server_does_not_fsync_each(fresh_server, tmp_path):
-    """What a power cut could take away is not sealed yet."""
+async def test_young_entries_wait_where_the_server_does_not_fsync_each(
+    fresh_server, tmp_path, caplog
+):
+    """What a power cut could take away is not sealed yet; an id of the future is named."""
     server = fresh_server(config={"appendfsync": "everysec"})
     anchor, tenant = tmp_path / "anchor", new_tenant()
     anchor.mkdir()
@@ -479,6 +647,9 @@ async def test_young_entries_wait_where_the_server_does_not_fsync_each(fresh_ser
         found = await case.verify()
         assert found.ok
         assert found.not_proved == ["seq 2 to 3: recorded, and not sealed yet"]
+        case.client.xadd(case.stream, {"x": "y"}, id="9999999999999-0")
+        assert (await case.sealer().seal(tenant)).entries == 0
+        assert any("9999999999999-0 lies in the future" in one for one in caplog.messages)
         case.client.close()
 
 

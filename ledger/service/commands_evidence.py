@@ -26,6 +26,7 @@ from ledger.service.command import (
     print_lines,
     usage,
 )
+from ledger.service.files import create_file, refuse_existing
 
 if TYPE_CHECKING:
     from ledger.note import VerifierKey
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from ledger.verify import Verification
 
 __all__: list[str] = []
+
+MAX_SEQ_DIGITS = 18
 
 KeyOption = Annotated[
     str | None,
@@ -112,7 +115,7 @@ def _witness_keys(texts: list[str] | None) -> list[VerifierKey]:
 def _time(seconds: int) -> str:
     try:
         return datetime.fromtimestamp(seconds, UTC).isoformat().replace("+00:00", "Z")
-    except (OverflowError, ValueError):
+    except (OverflowError, ValueError, OSError):
         return f"second {seconds}"
 
 
@@ -429,6 +432,7 @@ def _print_verification(found: Verification, *, as_json: bool) -> None:
     else:
         lines.append(f"{found.tenant}: NOT PROVED, log {found.origin}")
     lines += [f"  found: {one.reason}: {one.message}" for one in found.findings]
+    lines += [f"  note: {what}" for what in found.notes]
     lines += [f"  not proved: {what}" for what in found.not_proved]
     print_lines(*map(terminal.printable, lines))
     sys.stdout.flush()
@@ -450,7 +454,7 @@ def prove(
     *,
     output: Annotated[
         Path,
-        typer.Option("-o", "--output", metavar="FILE", show_default=False, help="Where it goes."),
+        typer.Option("-o", "--output", metavar="FILE", show_default=False, help="New file."),
     ],
     seq: Annotated[
         int | None, typer.Option(metavar="SEQ", min=1, show_default=False, help="Instead of ID.")
@@ -461,7 +465,7 @@ def prove(
             "--range",
             metavar="A..B",
             show_default=False,
-            help="All entries from A to B, two seqs or two times, and that there is none between.",
+            help="All entries from A to B, two seqs or two times, and that there is no other.",
         ),
     ] = None,
     continues: Annotated[
@@ -487,6 +491,7 @@ def prove(
     given = [event_id, seq, range_text, continues]
     if sum(one is not None for one in given) != 1:
         raise usage("prove", "give one of ID, --seq, --range, --continues")
+    refuse_existing(output)
     trusted = _verifier_key(key)
     kept = anchor or _settings().govledger_anchor
 
@@ -500,13 +505,14 @@ def prove(
                 old = _read_checkpoint(continues)
                 proof = await proving.prove_consistency(ledger, tenant, old, **options)
             elif range_text is not None:
-                options |= {"withhold_data": withhold_data, **_range(range_text)}
+                options |= {"withhold_data": withhold_data, **_range(range_text, "prove")}
                 proof = await proving.prove_range(ledger, tenant, **options)
             else:
                 options |= {"withhold_data": withhold_data, "seq": seq}
                 proof = await proving.prove(ledger, tenant, event_id, **options)
         raw = proof.encode()
-        _write_new(output, raw)
+        with create_file(output) as file:
+            file.write(raw)
         told = {"tenant": tenant, "file": str(output), "bytes": len(raw)}
         if as_json:
             print_json(told)
@@ -516,11 +522,13 @@ def prove(
     terminal.run(work())
 
 
-def _range(text: str) -> dict[str, Any]:
+def _range(text: str, command: str) -> dict[str, Any]:
     first, dots, last = text.partition("..")
     if not dots:
-        raise usage("prove", f"--range: {text!r} is no range: write A..B")
+        raise usage(command, f"--range: {text!r} is no range: write A..B")
     if all(not one or (one.isascii() and one.isdigit()) for one in (first, last)):
+        if max(len(first), len(last)) > MAX_SEQ_DIGITS:
+            raise usage(command, f"--range: {text[:60]!r} is no range of seqs")
         return {
             "first_seq": int(first) if first else None,
             "last_seq": int(last) if last else None,
@@ -541,18 +549,12 @@ def _read_checkpoint(path: Path) -> Any:
     return notes[0]
 
 
-def _write_new(path: Path, raw: bytes) -> None:
-    temporary = path.with_name(f"{path.name}.new")
-    with temporary.open("wb") as file:
-        file.write(raw)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
 @app.command(
     "verify-proof",
-    epilog=example("govledger verify-proof d-1.tlog-proof --key acme.example/prod+0f1e2d3c+AbCd…"),
+    epilog=example(
+        "govledger verify-proof d-1.tlog-proof --key acme.example/prod+0f1e2d3c+AbCd…",
+        "govledger verify-proof march.range-proof --key VKEY --range 2026-03-01..2026-03-31",
+    ),
 )
 def verify_proof(
     file: Annotated[Path, typer.Argument(metavar="FILE", show_default=False)],
@@ -574,29 +576,58 @@ def verify_proof(
             help="For a proof that one checkpoint continues another: the earlier one.",
         ),
     ] = None,
+    range_text: Annotated[
+        str | None,
+        typer.Option(
+            "--range",
+            metavar="A..B",
+            show_default=False,
+            help="It must have all entries of the log from A to B, two seqs or two times. Without "
+            "this it may have any that follow each other.",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Verify a proof, without Redis and without a network.
 
-    Prints what it proves, and the entries. Exits with 0 only if it proves something.
+    Prints what it proves, and the entries. Exits with 0 only if it proves something, and what was
+    asked for.
     """
     from ledger.note import VerifierKey
     from ledger.proof import MAX_RANGE_BYTES, ConsistencyProof, parse_proof
 
     trusted, witnesses = list(map(VerifierKey.parse, key)), _witness_keys(witness_key)
+    asked = _range(range_text, "verify-proof") if range_text is not None else {}
     with file.open("rb") as stream:
         proof = parse_proof(stream.read(MAX_RANGE_BYTES + 1))
     if isinstance(proof, ConsistencyProof):
         if continues is None:
             raise usage("verify-proof", "--continues is missing: the earlier checkpoint")
+        if asked:
+            raise usage("verify-proof", "--range is for a proof of entries")
         proved = proof.verify(trusted, _read_checkpoint(continues), witnesses)
     else:
         proved = proof.verify(trusted, witnesses)
-    _print_proved(proved, as_json=as_json)
+    _print_proved(proved, _complete(proved, asked) if asked else None, as_json=as_json)
     sys.stdout.flush()
 
 
-def _print_proved(proved: Proved, *, as_json: bool) -> None:
+def _complete(proved: Proved, asked: dict[str, Any]) -> tuple[range, str]:
+    """The seqs of the range that was asked for, and in words what the proof says of it."""
+    from ledger.ledger import time_ms
+
+    if "since" not in asked:
+        seqs = proved.seqs_between(asked["first_seq"], asked["last_seq"])
+        return seqs, f"all records {seqs.start} to {seqs.stop - 1}, as was asked"
+    seqs = proved.seqs_recorded(time_ms(asked["since"]), time_ms(asked["to"]))
+    told = f"recorded in that time: {len(seqs)}"
+    told += f", {seqs.start} to {seqs.stop - 1}, and no other" if seqs else " records"
+    if seqs.stop > proved.checkpoint.size:
+        told += "; the checkpoint ends there, and says nothing of what was recorded after it"
+    return seqs, told
+
+
+def _print_proved(proved: Proved, complete: tuple[range, str] | None, *, as_json: bool) -> None:
     from ledger.note import b64
 
     checkpoint, count = proved.checkpoint, len(proved.entries)
@@ -613,6 +644,7 @@ def _print_proved(proved: Proved, *, as_json: bool) -> None:
                 "root": b64(checkpoint.root),
                 "first_seq": proved.first_seq,
                 "continues": proved.old.size if proved.old else None,
+                "range": [complete[0].start, complete[0].stop - 1] if complete else None,
                 "cosigned": cosigned,
                 "entries": entries,
             }
@@ -626,10 +658,11 @@ def _print_proved(proved: Proved, *, as_json: bool) -> None:
     elif count == 1:
         lines.append(f"  record {proved.first_seq} of {checkpoint.size}")
     else:
-        last = proved.first_seq + count - 1
         lines.append(
-            f"  records {proved.first_seq} to {last} of {checkpoint.size}, and no other between"
+            f"  records {proved.first_seq} to {proved.last_seq} of {checkpoint.size}, and no other "
+            "between"
         )
+    lines += [f"  {complete[1]}"] if complete else []
     lines += [f"  cosigned by {who} at {_time(at)}" for who, at in cosigned.items()]
     for entry in entries:
         lines.append(f"  seq {entry['seq']}  {entry['entry_id']}")
