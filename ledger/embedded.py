@@ -57,7 +57,7 @@ if sys.platform != "win32":
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["LINGER_SECONDS", "EmbeddedServer", "Endpoint", "is_running"]
+__all__ = ["LINGER_SECONDS", "EmbeddedServer", "Endpoint", "is_running", "listening_at"]
 
 LINGER_SECONDS = 30.0
 
@@ -356,6 +356,19 @@ def is_running(data_dir: Path | str) -> Endpoint | None:
                 data_dir=str(directory),
             ) from error
     return Endpoint(socket_path, info.port, info.pid)
+
+
+def listening_at(data_dir: Path | str) -> Path | None:
+    """The socket of the server that holds this directory now; None where none does. It asks nobody,
+    waits for nobody, and starts and creates nothing there.
+
+    Raises `EmbeddedServerError` if the directory cannot be used.
+    """
+    if sys.platform == "win32":
+        raise _unsupported_platform()
+    directory = Path(data_dir).expanduser().resolve()
+    with _os_errors_named(directory):
+        return _socket_path(directory) if _is_locked(directory / _SERVER_LOCK) else None
 
 
 def _create_directory(directory: Path) -> None:

@@ -29,6 +29,7 @@ __all__ = [
     "JOBS_RUNNING",
     "JOB_COUNTS",
     "JOB_SLOT_TTL_SECONDS",
+    "LEASES",
     "MEMORY_PREFIX",
     "MEMORY_STALE",
     "RECORDS",
@@ -47,6 +48,7 @@ __all__ = [
     "index",
     "index_rebuild",
     "is_disposable",
+    "is_lease",
     "is_tenant",
     "job_history",
     "job_slot",
@@ -62,6 +64,7 @@ __all__ = [
     "snapshots",
     "state_key",
     "swarm_key",
+    "tenant_of_import",
     "tenant_of_record",
 ]
 
@@ -166,6 +169,11 @@ _RECORD = re.compile(
 )
 
 
+_IMPORTING = re.compile(
+    rf"{re.escape(LEDGER)}:\{{([^{{}}]*)\}}:governance:importing-(?:decisions|head|index)".encode()
+)
+
+
 def tenant_of_record(key: bytes) -> str | None:
     """Whose stream or head a key is; None for any other key."""
     found = _RECORD.fullmatch(key)
@@ -175,10 +183,17 @@ def tenant_of_record(key: bytes) -> str | None:
 
 def importing(tenant: str) -> tuple[str, str, str]:
     """Stream, head and index of a record while it is imported: renamed to the tenant's own at the
-    end; what a killed import leaves is deleted by the next one.
+    end; what a killed import leaves is deleted by the next one, or by a cleanup.
     """
     begin = f"{LEDGER}:{{{tenant}}}:governance:importing"
     return f"{begin}-decisions", f"{begin}-head", f"{begin}-index"
+
+
+def tenant_of_import(key: bytes) -> str | None:
+    """Whose unfinished import a key belongs to; None for any other key."""
+    found = _IMPORTING.fullmatch(key)
+    name = found[1].decode("latin-1") if found else ""
+    return name if is_tenant(name) else None
 
 
 def projection(tenant: str, name: str, version: int) -> str:
@@ -207,6 +222,18 @@ def lease(tenant: str, name: str, version: int, *, rebuild: bool = False) -> str
     """
     key = f"{LEDGER}:{{{tenant}}}:lease:{name}@{version}"
     return f"{key}:rebuild" if rebuild else key
+
+
+LEASES: Final = f"{LEDGER}:{{*}}:lease:*"
+"""Glob of the keys that `is_lease` tells leases from."""
+
+_LEASE = re.compile(rf"{re.escape(LEDGER)}:\{{([^{{}}]*)\}}:lease:[A-Za-z0-9_-]{{1,64}}".encode())
+
+
+def is_lease(key: bytes) -> bool:
+    """Whether the key is a lease of a tenant."""
+    found = _LEASE.fullmatch(key)
+    return found is not None and is_tenant(found[1].decode("latin-1"))
 
 
 def snapshots(tenant: str, name: str, version: int) -> str:
@@ -325,9 +352,11 @@ _FOLD_KEY = re.compile(
 
 
 def is_disposable(key: bytes) -> bool:
-    """Whether a cleanup may delete the key at all: memory keys, a projection's fold and snapshots.
+    """Whether a cleanup may delete the key at all: memory keys, a projection's fold and snapshots,
+    an import that was never finished.
 
     No stream, index, head, evidence or registry ever is, whatever a pattern or a name says.
     """
     in_memory_store = key.startswith(f"{MEMORY}:".encode())
-    return in_memory_store or _FOLD_KEY.fullmatch(key) is not None
+    is_fold = _FOLD_KEY.fullmatch(key) is not None
+    return in_memory_store or is_fold or tenant_of_import(key) is not None

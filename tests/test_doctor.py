@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
 import re
+import signal
 import socket
+import subprocess
 from dataclasses import replace
 from datetime import UTC, datetime
 
 import pytest
+import typer
 
-from ledger import Decision, Ledger, keys, load_settings
+from ledger import Decision, Ledger, errors, keys, load_settings
+from ledger.embedded import EmbeddedServer, is_running
 from ledger.server import LIBRARY_VERSION, NodeSettings
+from ledger.service.cleanup import Cleanup
+from ledger.service.commands_operate import doctor
 from ledger.service.doctor import examine, judge, report_lines, worst
 from ledger.service.doctor_access import SERVER_CHECKS
 from ledger.service.doctor_ledger import LEDGER_CHECKS
 from ledger.service.doctor_nodes import NODE_CHECKS
 from ledger.service.doctor_seen import Node, Seen, look
+from ledger.service.health import reach
 from ledger.service.runs import Run
 from ledger.settings import DEFAULT_JOBS
 from projections import Projector
@@ -173,6 +182,7 @@ async def test_a_lost_head_and_a_rolled_back_ledger_are_danger(fresh_server):
         (["-info"], "+info"),
         (["-slowlog"], "+slowlog|get"),
         (["-scan"], "+scan"),
+        (["-smembers"], "+smembers"),
         (["-config", "-info", "-slowlog", "-scan", "-acl", "-fcall", "-hgetall", "-hlen"], "+info"),
         (["-@all", "+@connection", "+time", "+ping"], "+info"),
     ],
@@ -188,6 +198,40 @@ def test_an_acl_that_hides_something_is_named(fresh_server, server, denied, righ
     remedies = [check["remedy"] for check in done.lines[0]["checks"]]
     assert f"grant {right}" in remedies
     assert run(url, "doctor", "--strict").code == 1
+
+
+async def test_what_may_not_be_looked_at_is_not_ok(fresh_server):
+    """As the engine of the README, who may not list tenants, the doctor vouches for none of them
+    while an entry waits and another lies in quarantine; and a head that it may not read is not
+    broken.
+    """
+    own = fresh_server()
+    tenant = await folded_tenant(own)
+    async with Ledger.connect(own.url) as ledger:
+        await ledger.append(tenant, Decision(agent="a", action="b", verdict="allow"))
+    own.cli("HSET", keys.projection_quarantine(tenant), "governance@1:7", "why")
+    url = own.url.replace("redis://", "redis://watch:geheim@")
+    of_tenants = ("projector", "quarantine", "foreign writes")
+    for rights, remedies in (
+        ("~* +@all -smembers", {"grant +smembers"}),
+        (
+            f"%R~{keys.TENANTS} +@all",
+            {"grant +hmget +hget +ttl +getrange", "grant +hlen", "grant +hmget"},
+        ),
+    ):
+        own.cli("ACL", "SETUSER", "watch", "reset", "on", ">geheim", *rights.split())
+        async with Ledger.connect(url) as ledger:
+            found = {one.check: one for one in await examine(ledger)}
+        assert {found[check].level for check in of_tenants} == {"warning"}
+        assert {found[check].remedy for check in of_tenants} == remedies
+
+
+async def test_a_password_in_the_query_is_no_open_door(fresh_server):
+    """A server with a password is not called open where the URL gives it as `?password=`."""
+    own = fresh_server(password="geheim")
+    url = f"redis://127.0.0.1:{own.port}?password=geheim&username=default&protocol=3"
+    async with Ledger.connect(url) as ledger:
+        assert (await look(ledger)).open_door is False
 
 
 async def test_the_attestation_is_left_for_others(fresh_server):
@@ -221,11 +265,36 @@ async def test_replicas_and_what_a_failover_takes(fresh_server):
     assert (await levels(primary))["replication"] == "warning"
     primary.cli("CONFIG", "SET", "min-replicas-to-write", "1")
     assert (await levels(primary))["replication"] == "ok"
+    primary.cli("CONFIG", "SET", "min-replicas-max-lag", "0")  # switches the rule off
+    assert (await levels(primary))["replication"] == "warning"
     done = run(replica.url, "doctor", "--json")
     assert done.code == 1
     by_name = {check["check"]: check["level"] for check in done.lines[0]["checks"]}
     assert by_name["replication"] == "danger"
     assert run(replica.url, "health").code == 1
+
+
+async def test_a_primary_that_waits_for_missing_replicas_takes_nothing(fresh_server, server):
+    """Where too few replicas keep up, appends are refused: the doctor and the probe say so, by
+    whatever their user may ask.
+    """
+    own = fresh_server(server.kind)
+    tenant = await folded_tenant(own)
+    own.cli("CONFIG", "SET", "min-replicas-to-write", "1")
+    assert (await levels(own))["replication"] == "danger"
+    told = run(own.url, "health")
+    assert told.code == 1
+    assert "min-replicas-to-write" in told.out
+    own.cli("ACL", "SETUSER", "few", "on", ">pw", "~*", "+@all", "-info", "-config")
+    few = own.url.replace("redis://", "redis://few:pw@")
+    assert "NOREPLICAS" in run(few, "health").out
+    own.cli("CONFIG", "SET", "min-replicas-to-write", "0")
+    told = run(few, "health")
+    assert (told.code, told.out) == (0, "ok: decisions can be recorded\n")
+    own.cli("ACL", "SETUSER", "few", "-fcall")
+    assert run(few, "health").out == "ok: decisions can be recorded, as far as this user may see\n"
+    async with Ledger.connect(own.url) as ledger:
+        assert (await ledger.head(tenant)).seq == 1
 
 
 async def test_every_primary_of_a_cluster_is_examined(cluster):
@@ -251,6 +320,41 @@ async def test_a_server_that_refuses_writes_is_examined_all_the_same(fresh_serve
     own.cli("CONFIG", "SET", "maxmemory", "1mb")
     assert (await levels(own))["memory"] == "danger"
     assert "maxmemory" in run(own.url, "health").out
+    own.cli("CONFIG", "SET", "maxmemory-policy", "volatile-lru")  # nothing is volatile
+    assert "maxmemory" in run(own.url, "health").out
+
+
+async def test_what_killed_processes_left_is_named_and_cleaned_up(fresh_server):
+    """Parts of an import that nobody goes on with, and a lease without an end, are named until the
+    cleanup deletes the ones and ends the other; an import that goes on is left alone.
+    """
+    own = fresh_server()
+    tenant, killed, live = await folded_tenant(own), new_tenant(), new_tenant()
+    lease = keys.lease(tenant, "governance")
+    own.cli("SET", lease, "a worker of long ago")
+    own.cli("HSET", keys.importing(live)[1], "token", "x")
+
+    def leave_import() -> None:
+        with own.client() as client:
+            payload = client.dump(keys.importing(live)[1])
+            for one in keys.importing(killed):
+                client.execute_command("RESTORE", one, 0, payload, "IDLETIME", 3_700)
+
+    leave_import()
+    async with Ledger.connect(own.url) as ledger:
+        (found,) = [one for one in await examine(ledger) if one.check == "leftovers"]
+        assert found.level == "warning"
+        assert found.found == (
+            f"imports that were never finished: {killed}; leases without an end: {tenant}"
+        )
+        done = await Cleanup(ledger, 0).run()
+        assert (done["unfinished_imports"], done["leases_given_a_ttl"]) == (3, 1)
+        assert 0 < own.cli("PTTL", lease) <= 60_000
+        assert own.cli("EXISTS", *keys.importing(live)) == 1
+        leave_import()
+        own.cli("CONFIG", "SET", "maxmemory-policy", "volatile-lfu")  # which keeps no idle times
+        assert (await Cleanup(ledger, 0).run())["unfinished_imports"] == 0
+        assert own.cli("EXISTS", *keys.importing(killed)) == 3
 
 
 # -- judgements ------------------------------------------------------------------------------------
@@ -277,7 +381,12 @@ def healthy() -> Seen:
             "rdb_last_save_time": str(now_ms // 1000 - 3600),
             "uptime_in_seconds": "1000000",
         },
-        config={"save": "", "stop-writes-on-bgsave-error": "yes", "min-replicas-to-write": "1"},
+        config={
+            "save": "",
+            "stop-writes-on-bgsave-error": "yes",
+            "min-replicas-to-write": "1",
+            "min-replicas-max-lag": "10",
+        },
         settings=NodeSettings("yes", "always", "no", "noeviction"),
         attested=True,
         round_trips_ms=[0.2] * 100,
@@ -371,6 +480,13 @@ def failed_run(job: str) -> Run:
         ("jobs", "warning", {}, {"claimed_ms": {}}),
         ("jobs", "ok", {}, {"claimed_ms": {}, "began_ms": None}),
         ("jobs", "warning", {}, {"claimed_ms": {}, "denied": {"streams": "no"}}),
+        ("projector", "warning", {}, {"denied": {"registry": "no"}}),
+        ("quarantine", "warning", {}, {"denied": {"registry": "no"}}),
+        ("foreign writes", "warning", {}, {"denied": {"tenants": "no"}}),
+        ("key count", "warning", {}, {"denied": {"health samples": "no"}}),
+        ("append-only file", "warning", {"info": {}}, {}),
+        ("leftovers", "note", {}, {"importing": {"t": 5}}),
+        ("leftovers", "warning", {}, {"denied": {"SCAN": "no"}}),
         ("jobs", "warning", {}, {"last_runs": {"snapshot": failed_run("snapshot")}}),
         ("rights", "note", {}, {"denied": {"INFO": "no"}}),
     ],
@@ -389,6 +505,76 @@ def test_only_what_was_due_since_the_first_entry_is_missed(healthy):
     seen = replace(healthy, claimed_ms={}, began_ms=healthy.now_ms - 3_600_000)
     (found,) = [result for result in judge(seen) if result.check == "jobs"]
     assert found.found == "not run when due: expire, refresh, health"
+
+
+def test_a_run_that_never_ended_is_named(healthy):
+    """A slot that was taken and has no run that ended: killed before or after it began, stopped, or
+    longer under way than is likely; until a later run, by hand too, has made up for it.
+    """
+    slot_ms = healthy.now_ms - 3_600_000
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    run = Run("snapshot", "running", "elsewhere:1", slot_ms, healthy.now_ms - 590_000, None, {})
+    gone = replace(run, worker=f"{socket.gethostname()}:{ended.pid}")
+    here = replace(run, worker=f"{socket.gethostname()}:{os.getpid()}")
+    stopped = replace(run, status="stopped", seconds=8.0)
+    before = replace(run, status="ok", slot_ms=slot_ms - 1, begun_ms=slot_ms - 1, seconds=90.0)
+    by_hand = replace(before, slot_ms=None, begun_ms=slot_ms + 1)
+    old = replace(run, begun_ms=healthy.now_ms - 610_000)
+    for running, last, says in (
+        ([], [before], "snapshot was taken when due, and its process ended before it began"),
+        ([gone], [before], f"snapshot was begun by {gone.worker}, whose process ended"),
+        ([old], [], "snapshot was begun by elsewhere:1 10 min ago and has not ended"),
+        ([], [stopped], "stopped before they were done: snapshot"),
+        ([run], [], "each that was due has run"),
+        ([here], [before], "each that was due has run"),
+        ([old], [before], "each that was due has run"),  # the one before took long, too
+        ([gone], [by_hand], "each that was due has run"),
+    ):
+        seen = replace(healthy, claimed_ms=healthy.claimed_ms | {"snapshot": slot_ms})
+        seen = replace(seen, running=running, last_runs={one.job: one for one in last})
+        (found,) = [result for result in judge(seen) if result.check == "jobs"]
+        assert found.found.startswith(says)
+        assert found.level == ("ok" if says.startswith("each") else "warning")
+
+
+def test_a_failed_job_is_told_beside_a_late_one(healthy):
+    """That some jobs are late hides no job that failed."""
+    late = {job: 0 for job in DEFAULT_JOBS if job == "expire"}
+    seen = replace(
+        healthy,
+        claimed_ms=healthy.claimed_ms | late,
+        last_runs={"snapshot": failed_run("snapshot")},
+    )
+    (found,) = [result for result in judge(seen) if result.check == "jobs"]
+    assert found.found == "not run when due: expire; snapshot failed at its last run: disk full"
+
+
+@pytest.mark.parametrize(
+    ("limit", "settings", "says"),
+    [
+        (100, {}, "appends fail (OOM); nothing that is recorded is lost"),
+        (100, {"maxmemory_policy": "allkeys-lru"}, "recorded decisions are evicted (allkeys-lru)"),
+        (100, {"maxmemory_policy": None}, "appends fail (OOM), or recorded decisions are evicted"),
+        (0, {}, "nothing that is recorded is lost"),
+        (0, {"appendonly": "no"}, "with it go all decisions since its last snapshot"),
+        (0, {"aof_begins": True}, "with it go all decisions since its last snapshot"),
+        (0, {"appendonly": None}, "what is lost then cannot be told"),
+    ],
+)
+def test_what_a_full_memory_costs(healthy, limit, settings, says):
+    """What is said to be lost follows from the eviction policy and the append-only file."""
+    info = {"used_memory": "99", "maxmemory": str(limit), "total_system_memory": "100"}
+    good = {"appendonly": "yes", "appendfsync": "everysec", "maxmemory_policy": "noeviction"}
+    node = replace(
+        healthy.nodes[0],
+        info=healthy.nodes[0].info | info,
+        settings=NodeSettings(**{**good, **settings}),
+    )
+    results = judge(replace(healthy, nodes=[node]))
+    (found,) = [result for result in results if result.check == "memory"]
+    assert found.level == "danger"
+    assert found.meaning.endswith(says)
 
 
 def test_a_failed_snapshot_that_stops_writes_is_danger(healthy):
@@ -431,6 +617,34 @@ def test_the_probe_does_not_wait_for_ever(silent_server):
     done = run(silent_server, "health", "--timeout", "0.3", "--json")
     assert done.code == 1
     assert "within 0.3 s" in done.lines[0]["reason"]
+
+
+def test_the_doctor_does_not_wait_for_ever(silent_server, monkeypatch, capfdbinary):
+    """Nor does the doctor: who does not answer is not examined, however often others try."""
+    monkeypatch.setattr("ledger.service.doctor.ANSWER_LIMIT_S", 0.2)
+    with pytest.raises(typer.Exit) as ended:
+        doctor(strict=False, url=silent_server, as_json=False)
+    assert ended.value.exit_code == 1
+    assert b"reachability: no answer within 0.2 s" in capfdbinary.readouterr().out
+
+
+def test_the_probe_neither_starts_nor_waits_for_an_embedded_server(embedded_dir):
+    """One that is stopped is unhealthy when the time is up; one that is not there stays so."""
+    url = f"embedded://{embedded_dir}"
+    assert "does not run" in run(url, "health").out
+    assert not embedded_dir.exists()
+    with EmbeddedServer.acquire(embedded_dir):
+        assert run(url, "health").out == "ok: decisions can be recorded\n"
+        pid = is_running(embedded_dir).pid
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            told = [run(url, "health", "--timeout", "0.3")]
+            with pytest.raises(errors.ServerUnreachable, match=r"within 0\.1 s"):
+                asyncio.run(reach(load_settings(redis_url=url), 0.1))
+        finally:
+            os.kill(pid, signal.SIGCONT)
+    assert told[0].code == 1
+    assert "within 0.3 s" in told[0].out
 
 
 @pytest.fixture

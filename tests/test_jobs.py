@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
+from dataclasses import asdict, replace
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 
@@ -14,7 +16,9 @@ from hypothesis import strategies as st
 from ledger import Decision, EscalationResolved, Ledger, errors, keys
 from ledger.service.cleanup import Cleanup, unlink
 from ledger.service.expiry import Expiry, expiry_event
+from ledger.service.inspection import server_now_ms
 from ledger.service.jobs import JOBS, Archive, JobContext
+from ledger.service.runs import Run, counts, history, last_runs, running
 from ledger.service.snapshot import Retention, archive_snapshot, superfluous, take_snapshot
 from projections import Projector, StateReader
 from projections.governance import Governance
@@ -312,6 +316,9 @@ NASTY = (
     "claude-flow:ledger:{t}:governance:head",
     "claude-flow:ledger:{t}:governance:index",
     "claude-flow:ledger:{t}:governance:index-rebuild",
+    "claude-flow:ledger:{t}:governance:importing",
+    "claude-flow:ledger:{t}:governance:importing-head\n",
+    "claude-flow:ledger:{*}:governance:importing-decisions",
     "claude-flow:ledger:{t}:evidence:checkpoints",
     "claude-flow:ledger:{t}:projection:active",
     "claude-flow:ledger:{t}:projection:quarantine",
@@ -367,8 +374,8 @@ def test_no_key_of_the_record_is_disposable(key):
     ).map("".join)
 )
 def test_what_is_disposable_is_memory_or_a_fold(key):
-    """By an independent reading of the key: the memory store, or a projection's or snapshot's
-    name@version[:rebuild][:n].
+    """By an independent reading of the key: the memory store, a projection's or snapshot's
+    name@version[:rebuild][:n], or one of the three keys of an import.
     """
     if not keys.is_disposable(key.encode()):
         return
@@ -379,6 +386,9 @@ def test_what_is_disposable_is_memory_or_a_fold(key):
     bucket = bucket[1:] if bucket[:1] == ["rebuild"] else bucket
     assert store == "ledger"
     assert keys.is_tenant(tenant.removeprefix("{").removesuffix("}"))
+    if kind == "governance":
+        assert [name, *bucket] in ([f"importing-{part}"] for part in ("decisions", "head", "index"))
+        return
     assert kind in ("projection", "snapshot")
     assert name.rpartition("@")[2].isdigit()
     assert len(bucket) <= 1
@@ -428,6 +438,33 @@ async def test_cleanup_leaves_copies_whose_ledger_is_only_unregistered(ledger, t
     await ledger.server.command(keys.TENANTS, "DEL", keys.TENANTS)
     assert (await Cleanup(ledger, 3600).run())["orphaned"] == 0
     assert (await StateReader(ledger).state(tenant)).source == "published"
+
+
+async def test_cleanup_records_a_run_that_was_killed(ledger):
+    """A run that began two days ago and never ended is a failed one, and the last of its job unless
+    a later one has ended; what is no run goes, what may still run stays.
+    """
+    server, now_ms = ledger.server, await server_now_ms(ledger.server)
+    old = Run("snapshot", "running", "elsewhere:1", 5, now_ms - 3 * 86_400_000, None, {})
+    other, young = replace(old, job="refresh"), replace(old, job="expire", begun_ms=now_ms)
+    later = replace(other, status="ok", begun_ms=now_ms, seconds=1.0)
+    for run_id, run in (("a", old), ("b", other), ("c", young)):
+        await server.command(
+            keys.JOBS_RUNNING, "HSET", keys.JOBS_RUNNING, run_id, json.dumps(asdict(run))
+        )
+    await server.command(keys.JOBS_RUNNING, "HSET", keys.JOBS_RUNNING, "d", "junk")
+    await server.command(
+        keys.JOBS_LAST, "HSET", keys.JOBS_LAST, later.job, json.dumps(asdict(later))
+    )
+    assert (await Cleanup(ledger, 0).run())["forgotten_runs"] == 3
+    assert await running(server) == [young]
+    last = await last_runs(server)
+    assert last["snapshot"].status == "failed"
+    assert last["snapshot"].result["error"] == "elsewhere:1 ended before it was done"
+    assert last["refresh"] == later
+    for job in ("snapshot", "refresh"):
+        assert (await history(server, job))[0].status == "failed"
+    assert await counts(server) == {("snapshot", "failed"): 1, ("refresh", "failed"): 1}
 
 
 async def test_cleanup_deletes_folds_of_retired_versions(ledger, tenant, monkeypatch):

@@ -1,4 +1,5 @@
-"""What may go: rubbish in the memory store, fold state of retired versions. Never the record.
+"""What may go: rubbish in the memory store, fold state of retired versions, what killed processes
+left. Never the record.
 
 Every key passes `keys.is_disposable` right before UNLINK, so no pattern, tenant or projection of
 whatever name can lead to a stream, an index, a head, or evidence.
@@ -11,8 +12,6 @@ from collections.abc import Sequence
 from contextlib import aclosing
 from typing import Any, Final
 
-import orjson
-
 from ledger import errors, keys
 from ledger.ledger import Ledger
 from ledger.server import Server
@@ -21,11 +20,15 @@ from projections.registry import configured
 from projections.snapshots import key_of, list_key, parse_list
 from projections.store import BUCKETS, REBUILD
 
-__all__ = ["Cleanup"]
+__all__ = ["IMPORT_LIMIT_S", "LEASE_LIMIT_MS", "Cleanup", "idle_s"]
 
 UNLINK_AT_ONCE: Final = 500
 RUNNING_LIMIT_MS: Final = 2 * 86_400_000
 """What is said to run for longer was left by a process that was killed."""
+IMPORT_LIMIT_S: Final = 3_600
+"""An import that nobody has gone on with for so long was killed."""
+LEASE_LIMIT_MS: Final = 60_000
+"""Longer than any worker's lease (`projections.lease.LEASE_MS`)."""
 
 _ENVELOPE_TAIL_BYTES: Final = 600
 _OURS: Final = re.compile(
@@ -51,6 +54,8 @@ class Cleanup:
         found["retired_folds"] = 0
         for tenant in sorted(tenants):
             found["retired_folds"] += await self._retired(tenant)
+        found["unfinished_imports"] = await self._unfinished_imports()
+        found["leases_given_a_ttl"] = await self._lasting_leases()
         found["forgotten_runs"] = await self._forgotten_runs()
         return found
 
@@ -145,14 +150,52 @@ class Cleanup:
         for start in range(0, len(gone), UNLINK_AT_ONCE):
             await self._server.command(key, "HDEL", key, *gone[start : start + UNLINK_AT_ONCE])
 
+    # -- what killed processes leave --------------------------------------------------------------
+
+    async def _unfinished_imports(self) -> int:
+        """Imports that nobody has gone on with for an hour: their parts, of all three keys or none.
+        One that is only asleep is refused when it goes on, since its token is gone.
+        """
+        tenants = set[str]()
+        async with aclosing(self._server.scan(keys.RECORDS)) as pages:
+            async for page in pages:
+                tenants.update(filter(None, map(keys.tenant_of_import, page)))
+        count = 0
+        for tenant in sorted(tenants):
+            parts = [key.encode() for key in keys.importing(tenant)]
+            if await idle_s(self._server, parts) >= IMPORT_LIMIT_S:
+                count += await unlink(self._server, parts)
+        return count
+
+    async def _lasting_leases(self) -> int:
+        """Leases that would outlive any worker's: nobody heeds them, and now they go by themselves,
+        as no lease is ever deleted here: its worker may live.
+        """
+        count = 0
+        async with aclosing(self._server.scan(keys.LEASES)) as pages:
+            async for page in pages:
+                some = [key for key in page if keys.is_lease(key)]
+                replies = await self._server.on_each(some, "PEXPIRE", then=(LEASE_LIMIT_MS, "LT"))
+                count += sum(int(self._server.checked(reply)) for reply in replies)
+        return count
+
     async def _forgotten_runs(self) -> int:
-        """Job runs whose process was killed before it could say how they ended."""
-        running = await self._server.command(keys.JOBS_RUNNING, "HGETALL", keys.JOBS_RUNNING)
-        oldest = await server_now_ms(self._server) - RUNNING_LIMIT_MS
-        gone = [run for run, raw in running.items() if _begun_ms(raw) < oldest]
-        if gone:
-            await self._server.command(keys.JOBS_RUNNING, "HDEL", keys.JOBS_RUNNING, *gone)
-        return len(gone)
+        """Job runs whose process was killed before it could say how they ended: failed ones."""
+        from ledger.service.runs import record_lost  # it runs us
+
+        oldest_ms = await server_now_ms(self._server) - RUNNING_LIMIT_MS
+        return await record_lost(self._server, oldest_ms)
+
+
+async def idle_s(server: Server, some: Sequence[bytes]) -> int:
+    """For how many seconds nobody has touched any of the keys; 0 where the server keeps no such
+    time (an LFU policy), and where none is there.
+    """
+    replies = await server.on_each(some, "OBJECT", "IDLETIME")
+    if any(isinstance(reply, Exception) and "LFU" in str(reply) for reply in replies):
+        return 0
+    found = map(server.checked, replies)
+    return min((int(seconds) for seconds in found if seconds is not None), default=0)
 
 
 async def unlink(server: Server, some: Sequence[bytes]) -> int:
@@ -184,10 +227,3 @@ def _tenant_of(key: bytes) -> str:
 
 def _version(raw: bytes | None) -> int | None:
     return int(raw) if raw is not None and raw.isdigit() else None
-
-
-def _begun_ms(raw: bytes) -> int:
-    try:
-        return int(orjson.loads(raw)["begun_ms"])
-    except (KeyError, TypeError, ValueError):
-        return 0

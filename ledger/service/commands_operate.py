@@ -199,7 +199,7 @@ async def _print_history(ledger: Ledger, job: JobName, *, as_json: bool) -> None
 
 async def _print_jobs(ledger: Ledger, *, as_json: bool) -> None:
     from ledger.service.render import table, time_text
-    from ledger.service.runs import counts, last_runs, running
+    from ledger.service.runs import counts, is_gone, last_runs, running
 
     server = ledger.server
     last, now, counted = await last_runs(server), await running(server), await counts(server)
@@ -219,13 +219,15 @@ async def _print_jobs(ledger: Ledger, *, as_json: bool) -> None:
                 }
             )
             continue
-        latest = current[0] if current else ended
+        seen = [*current, *([ended] if ended else ())]
+        latest = max(seen, key=lambda run: run.begun_ms, default=None)
+        killed = latest is not None and latest.status == "running" and is_gone(latest.worker)
         rows.append(
             (
                 job,
                 str(schedule),
                 time_text(latest.begun_ms) if latest else None,
-                latest.status if latest else None,
+                "killed" if killed else latest.status if latest else None,
                 _seconds(latest) if latest else None,
                 sum(runs.values()),
                 runs.get("failed", 0),
@@ -322,12 +324,18 @@ def doctor(
     """
 
     async def work() -> str:
-        from ledger.service.doctor import examine, report_json, report_lines, worst
+        from ledger import Ledger
+        from ledger.service.doctor import ANSWER_LIMIT_S, examine, report_json, report_lines, worst
         from ledger.service.doctor_access import unreachable
+        from ledger.service.health import reach
 
-        address = _address(url)
+        settings, address = _settings(url), _address(url)
+        # Who looks does not wait for what is gone as long as who must record does.
+        attempts = min(1, settings.memory_max_reconnect_attempts)
+        once = settings.model_copy(update={"memory_max_reconnect_attempts": attempts})
         try:
-            async with connect(url) as ledger:
+            await reach(settings, ANSWER_LIMIT_S)
+            async with Ledger.connect(settings=once) as ledger:
                 results = await examine(ledger)
         except errors.Unavailable as error:
             results = [unreachable(error)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Final
 
 from ledger.ledger import Ledger
 from ledger.service.doctor_access import SERVER_CHECKS
@@ -18,7 +18,10 @@ from ledger.service.doctor_nodes import NODE_CHECKS
 from ledger.service.doctor_result import LEVELS, Level, Result
 from ledger.service.doctor_seen import Seen, look
 
-__all__ = ["examine", "judge", "report_json", "report_lines", "worst"]
+__all__ = ["ANSWER_LIMIT_S", "examine", "judge", "report_json", "report_lines", "worst"]
+
+ANSWER_LIMIT_S: Final = 5.0
+"""Who has not answered by then is not examined."""
 
 
 async def examine(ledger: Ledger) -> list[Result]:

@@ -6,18 +6,26 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Final
 
+from ledger.service.cleanup import IMPORT_LIMIT_S
 from ledger.service.doctor_result import Result, shown, unknown
 from ledger.service.doctor_seen import Seen
+from ledger.service.runs import is_gone
 from ledger.service.scheduler import latest_slot
+from ledger.settings import JobName
 
 __all__ = ["LEDGER_CHECKS"]
 
 LAG_LIMIT_MS: Final = 60_000
 JOB_GRACE: Final = timedelta(minutes=3)
+LONG_RUN_S: Final = 600
+LONG_RUN_TIMES: Final = 10
+"""A run that takes longer, and so many times longer than the one before, may have been killed."""
 
 
 def registry(seen: Seen) -> Result:
     """Whether every tenant's stream is known."""
+    if "registry" in seen.denied:
+        return unknown("registry", "which tenants there are", "+smembers")
     if seen.unregistered is None:
         return unknown("registry", "whether streams are hidden from the projectors", "+scan")
     if seen.unregistered:
@@ -38,6 +46,8 @@ def registry(seen: Seen) -> Result:
 
 def projector(seen: Seen) -> Result:
     """How far the folds are behind the heads."""
+    if "registry" in seen.denied:
+        return unknown("projector", "how far state is behind", "+smembers")
     if "tenants" in seen.denied:
         return unknown("projector", "how far state is behind", "+hmget +hget +ttl +getrange")
     broken = [f"{one.tenant} ({one.problem})" for one in seen.standings if one.problem]
@@ -73,6 +83,8 @@ def projector(seen: Seen) -> Result:
 
 def quarantine(seen: Seen) -> Result:
     """Entries that no fold could read."""
+    if "registry" in seen.denied:
+        return unknown("quarantine", "whether entries could not be folded", "+smembers")
     if "quarantine" in seen.denied:
         return unknown("quarantine", "whether entries could not be folded", "+hlen")
     if not seen.quarantined:
@@ -91,6 +103,10 @@ def quarantine(seen: Seen) -> Result:
 
 def foreign_hands(seen: Seen) -> Result:
     """Incidents that the append function noticed."""
+    if "registry" in seen.denied:
+        return unknown("foreign writes", "whether others write into streams", "+smembers")
+    if "tenants" in seen.denied:
+        return unknown("foreign writes", "whether others write into streams", "+hmget")
     touched = {
         one.tenant: one.head.incidents for one in seen.standings if one.head and one.head.incidents
     }
@@ -107,37 +123,91 @@ def foreign_hands(seen: Seen) -> Result:
     )
 
 
+def leftovers(seen: Seen) -> Result:
+    """What killed processes and other hands left beside the record."""
+    if not {"registry", "SCAN", "OBJECT", "leases"}.isdisjoint(seen.denied):
+        return unknown(
+            "leftovers", "what killed processes left", "+smembers +scan +object|idletime +pttl"
+        )
+    killed = [tenant for tenant, idle in seen.importing.items() if idle >= IMPORT_LIMIT_S]
+    found = [
+        *([f"imports that were never finished: {shown(killed)}"] if killed else ()),
+        *([f"leases without an end: {shown(seen.lasting_leases)}"] if seen.lasting_leases else ()),
+    ]
+    if found:
+        meaning = "they are in nobody's way, and take memory; no worker heeds such a lease"
+        fix = "govledger run cleanup, which `govledger schedule` does each night"
+        return Result("leftovers", "warning", "; ".join(found), meaning, fix)
+    if seen.importing:
+        going_on = f"imports go on: {shown([*seen.importing])}"
+        meaning = "or were killed less than an hour ago; the next one of the tenant begins anew"
+        return Result("leftovers", "note", going_on, meaning)
+    return Result("leftovers", "ok", "none")
+
+
 def jobs(seen: Seen) -> Result:
-    """Whether the scheduled jobs run and work."""
+    """Whether the scheduled jobs run, come to their end, and work."""
     if "jobs" in seen.denied:
         return unknown("jobs", "whether the scheduled jobs run", "+hgetall +zrange")
     table = {job: one for job, one in seen.settings.govledger_jobs.items() if one.enabled}
-    now = datetime.fromtimestamp(seen.now_ms / 1000, UTC) - JOB_GRACE
-    late = []
-    for job, schedule in table.items():
-        due = latest_slot(schedule, now)
-        due_ms = due.timestamp() * 1000 if due is not None else 0
-        # Of what was due before anything was recorded there was nothing to do.
-        if seen.claimed_ms.get(job, 0) < due_ms and _was_there(seen, due_ms):
-            late.append(job)
-    failed = [job for job, run in seen.last_runs.items() if job in table and run.status == "failed"]
+    late = [job for job in table if _is_late(seen, job)]
+    lost = {job: how for job in table if job not in late and (how := _how_lost(seen, job))}
+    ended = {job: run for job, run in seen.last_runs.items() if job in table and job not in lost}
+    failed = {job: run for job, run in ended.items() if run.status == "failed"}
+    stopped = [job for job, run in ended.items() if run.status == "stopped" and job not in late]
+    found = [
+        *([f"not run when due: {', '.join(late)}"] if late else ()),
+        *(f"{job} {how}" for job, how in lost.items()),
+        *([f"stopped before they were done: {', '.join(stopped)}"] if stopped else ()),
+        *(
+            f"{job} failed at its last run: {run.result.get('error')}"
+            for job, run in failed.items()
+        ),
+    ]
     if late:
-        return Result(
-            "jobs",
-            "warning",
-            f"not run when due: {', '.join(late)}",
-            "no scheduler seems to run: escalations do not expire, snapshots are not taken",
-            "govledger schedule, as a service; GOVLEDGER_JOBS switches off what is not wanted",
-        )
-    if failed:
-        reason = seen.last_runs[failed[0]].result.get("error")
-        meaning = "what the job is for is not done"
-        found = f"failed at their last run: {', '.join(failed)} ({reason})"
-        return Result("jobs", "warning", found, meaning, f"govledger jobs {failed[0]}")
+        meaning = "no scheduler seems to run: escalations do not expire, snapshots are not taken"
+        fix = "govledger schedule, as a service; GOVLEDGER_JOBS switches off what is not wanted"
+        return Result("jobs", "warning", "; ".join(found), meaning, fix)
+    if found:
+        meaning = "what the job is for is not done; it is due again at its next time"
+        first = next(iter([*lost, *stopped, *failed]))
+        fix = f"govledger jobs {first}; govledger run {first} makes up for it now"
+        return Result("jobs", "warning", "; ".join(found), meaning, fix)
     off = [job for job, one in seen.settings.govledger_jobs.items() if not one.enabled]
     return Result(
         "jobs", "ok", "each that was due has run" + (f"; off: {', '.join(off)}" if off else "")
     )
+
+
+def _is_late(seen: Seen, job: JobName) -> bool:
+    """Whether nobody took the job when it was due."""
+    now = datetime.fromtimestamp(seen.now_ms / 1000, UTC) - JOB_GRACE
+    due = latest_slot(seen.settings.govledger_jobs[job], now)
+    due_ms = due.timestamp() * 1000 if due is not None else 0
+    # Of what was due before anything was recorded there was nothing to do.
+    return seen.claimed_ms.get(job, 0) < due_ms and _was_there(seen, due_ms)
+
+
+def _how_lost(seen: Seen, job: JobName) -> str:
+    """What is known of a run that was begun and has not ended; "" where nothing is wrong.
+
+    A slot is not given again: while its holder lives this is a long run, and nobody can tell from
+    here but on the holder's own machine.
+    """
+    claimed_ms, last = seen.claimed_ms.get(job, 0), seen.last_runs.get(job)
+    if last is not None and (last.slot_ms == claimed_ms or last.begun_ms >= claimed_ms):
+        return ""
+    run = next((one for one in seen.running if (one.job, one.slot_ms) == (job, claimed_ms)), None)
+    if run is None:
+        was_taken = 0 < claimed_ms < seen.now_ms - JOB_GRACE.total_seconds() * 1000
+        return "was taken when due, and its process ended before it began" if was_taken else ""
+    if is_gone(run.worker):
+        return f"was begun by {run.worker}, whose process ended before it was done"
+    taken_s = (seen.now_ms - run.begun_ms) / 1000
+    usual_s = last.seconds if last is not None and last.seconds else 0
+    if taken_s <= max(LONG_RUN_S, LONG_RUN_TIMES * usual_s):
+        return ""
+    return f"was begun by {run.worker} {taken_s / 60:.0f} min ago and has not ended: does it run?"
 
 
 def _was_there(seen: Seen, time_ms: float) -> bool:
@@ -151,5 +221,6 @@ LEDGER_CHECKS: Final[tuple[Callable[[Seen], Result], ...]] = (
     projector,
     quarantine,
     foreign_hands,
+    leftovers,
     jobs,
 )

@@ -73,6 +73,8 @@ def append_only_file(_: Seen, node: Node) -> Result:
     set_to = node.settings
     if set_to.appendonly is None:
         return unknown("append-only file", "what a crash or power cut loses", "+config|get")
+    if not node.info:
+        return unknown("append-only file", "whether it is whole and can be written", "+info")
     if node.info.get("aof_last_write_status", "ok") != "ok":
         meaning = "the last write to the append-only file failed: writes are refused until it works"
         return Result("append-only file", "danger", "its last write failed", meaning, "free disk")
@@ -194,9 +196,27 @@ def memory(_: Seen, node: Node) -> Result:
     if share < MEMORY_WARNING:
         return Result("memory", "ok", found)
     level: Level = "danger" if share >= NEARLY_FULL else "warning"
-    meaning = "at the limit appends fail (OOM)" if limit else "the kernel may kill the server"
+    meaning = _at_the_limit(node.settings) if limit else _when_killed(node.settings)
     fix = "CONFIG SET maxmemory <more>, or a larger machine; govledger run cleanup frees cache keys"
-    return Result("memory", level, found, f"{meaning}; nothing that is recorded is lost", fix)
+    return Result("memory", level, found, meaning, fix)
+
+
+def _at_the_limit(set_to: NodeSettings) -> str:
+    if set_to.maxmemory_policy is None:
+        return "at the limit appends fail (OOM), or recorded decisions are evicted"
+    if set_to.evicts_ledger_keys:
+        return f"at the limit recorded decisions are evicted ({set_to.maxmemory_policy})"
+    return "at the limit appends fail (OOM); nothing that is recorded is lost"
+
+
+def _when_killed(set_to: NodeSettings) -> str:
+    """A process that is killed loses nothing that it has written to a file, fsynced or not."""
+    killed = "the kernel may kill the server"
+    if set_to.appendonly is None:
+        return f"{killed}; what is lost then cannot be told"
+    if set_to.appendonly != "yes" or set_to.aof_begins:
+        return f"{killed}, and with it go all decisions since its last snapshot"
+    return f"{killed}; nothing that is recorded is lost"
 
 
 def fragmentation(_: Seen, node: Node) -> Result:
@@ -281,10 +301,18 @@ def replication(_: Seen, node: Node) -> Result:
         fix = "connect to the primary, or by redis+sentinel:// or a cluster URL that finds it"
         return Result("replication", "danger", "this is a replica", meaning, fix)
     replicas = number(node.info, "connected_slaves")
+    refused = _too_few_replicas(node, replicas)
+    if refused is not None:
+        return refused
     if not replicas:
         meaning = "this machine's disk has the only copy of the record"
         fix = "a replica on another machine, or `govledger schedule --archive` onto another disk"
         return Result("replication", "note", "no replica", meaning, fix)
+    return _waits_for(node, replicas)
+
+
+def _waits_for(node: Node, replicas: int) -> Result:
+    """Whether a primary that is cut off from its replicas ceases to acknowledge."""
     told = " ".join(value for name, value in node.info.items() if name.startswith("slave"))
     lags = [int(lag) for lag in re.findall(r"\blag=(\d+)", told)]
     found = f"{replicas} replicas, the slowest {max(lags, default=0)} s behind"
@@ -300,7 +328,34 @@ def replication(_: Seen, node: Node) -> Result:
             "cut off from all of them goes on acknowledging",
             "CONFIG SET min-replicas-to-write 1, or append with durability='replicated'",
         )
+    if not number(node.config or {}, "min-replicas-max-lag"):
+        return Result(
+            "replication",
+            "warning",
+            f"{found}; min-replicas-to-write is {needed}, and min-replicas-max-lag 0",
+            "a max-lag of 0 switches the rule off: cut off from all replicas it goes on "
+            "acknowledging, and a failover loses that",
+            "CONFIG SET min-replicas-max-lag 10, and in redis.conf",
+        )
     return Result("replication", "ok", f"{found}; min-replicas-to-write is {needed}")
+
+
+def _too_few_replicas(node: Node, replicas: int) -> Result | None:
+    """A primary that waits for replicas which are not there, so that it takes no writes."""
+    if "min_slaves_good_slaves" not in node.info:  # INFO has it where the rule is on
+        return None
+    good = number(node.info, "min_slaves_good_slaves")
+    needed = (node.config or {}).get("min-replicas-to-write", "1")
+    if good >= int(needed):
+        return None
+    return Result(
+        "replication",
+        "danger",
+        f"{good} of {replicas} replicas keep up; min-replicas-to-write is {needed}",
+        "every append is refused now (NOREPLICAS)",
+        "bring the replicas back; or CONFIG SET min-replicas-to-write 0, and a failover may lose "
+        "acknowledged decisions",
+    )
 
 
 def function_library(_: Seen, node: Node) -> Result:
@@ -334,6 +389,10 @@ def attestation(_: Seen, node: Node) -> Result:
 
 def key_count(seen: Seen, node: Node) -> Result:
     """Whether keys vanish."""
+    if "health samples" in seen.denied:
+        return unknown("key count", "whether keys vanish", "+xrevrange")
+    if not node.info:
+        return unknown("key count", "which samples are of this run of the server", "+info")
     if not node.samples:
         meaning = "growth cannot be judged"
         return Result(

@@ -13,7 +13,7 @@ from collections.abc import Awaitable
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Final, TypeVar
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, parse_qsl, urlencode, urlsplit
 
 from redis import exceptions as redis_errors
 
@@ -21,6 +21,7 @@ from ledger import errors, keys
 from ledger.connect import pool
 from ledger.ledger import Ledger
 from ledger.server import NodeSettings, Server, pack
+from ledger.service.cleanup import LEASE_LIMIT_MS, idle_s
 from ledger.service.inspection import (
     Standing,
     began_ms,
@@ -31,9 +32,10 @@ from ledger.service.inspection import (
     server_now_ms,
     standings,
 )
-from ledger.service.runs import Run, last_runs
+from ledger.service.runs import Run, last_runs, running
 from ledger.service.snapshot import is_local
 from ledger.settings import Settings
+from projections.registry import configured
 
 __all__ = ["Node", "Seen", "look"]
 
@@ -42,6 +44,7 @@ CONFIG_NAMES: Final = (
     "save",
     "stop-writes-on-bgsave-error",
     "min-replicas-to-write",
+    "min-replicas-max-lag",
     "dir",
     "activedefrag",
     "slowlog-log-slower-than",
@@ -109,9 +112,15 @@ class Seen:
     quarantined: dict[str, int] = field(default_factory=dict)
     unregistered: list[str] | None = None
     """Tenants whose stream is there and whose name is not in the registry; None: SCAN is denied."""
+    importing: dict[str, int] = field(default_factory=dict)
+    """Tenants with parts of an import, and for how many seconds nobody has gone on with it."""
+    lasting_leases: list[str] = field(default_factory=list)
+    """Tenants with a lease that never ends, which no worker of ours makes."""
     misnamed: list[str] = field(default_factory=list)
     """Names in the registry that no tenant can have."""
     last_runs: dict[str, Run] = field(default_factory=dict)
+    running: list[Run] = field(default_factory=list)
+    """What runs, or ran when its process was killed."""
     claimed_ms: dict[str, int] = field(default_factory=dict)
     denied: dict[str, str] = field(default_factory=dict)
     """What could not be asked, and what the server said."""
@@ -140,8 +149,8 @@ async def look(ledger: Ledger) -> Seen:
     )
     await _look_at_tenants(ledger, seen)
     seen.last_runs = await _allowed(denied, "jobs", last_runs(server)) or {}
-    claimed = await _allowed(denied, "jobs", _claimed(server))
-    seen.claimed_ms = claimed or {}
+    seen.claimed_ms = await _allowed(denied, "jobs", _claimed(server)) or {}
+    seen.running = await _allowed(denied, "jobs", running(server)) or []
     return seen
 
 
@@ -237,7 +246,10 @@ async def _door_is_open(server: Server) -> bool | None:
     parts = urlsplit(server.settings.redis_url)
     if parts.scheme not in ("redis", "rediss"):
         return None
-    url = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+    # redis-py takes user and password from the query too.
+    options = [pair for pair in parse_qsl(parts.query) if pair[0] not in ("username", "password")]
+    host = parts.netloc.rpartition("@")[2]
+    url = parts._replace(netloc=host, query=urlencode(options)).geturl()
     stranger = server.settings.model_copy(update={"redis_url": url, "redis_password": None})
     connection = pool(url, stranger).make_connection()  # type: ignore[no-untyped-call]
     try:
@@ -273,9 +285,13 @@ async def _look_at_tenants(ledger: Ledger, seen: Seen) -> None:
     )
     seen.quarantined = await _allowed(denied, "quarantine", _quarantined(server, seen)) or {}
     if raw is not None:
-        there = await _allowed(denied, "SCAN", _streams(server))
+        there = await _allowed(denied, "SCAN", _records(server))
         if there is not None:
-            seen.unregistered = sorted(there - names)[:NAMES_LIMIT]
+            streams, importing = there
+            seen.unregistered = sorted(streams - names)[:NAMES_LIMIT]
+            seen.importing = await _allowed(denied, "OBJECT", _idle_s(server, importing)) or {}
+    leases = await _allowed(denied, "leases", _lasting_leases(server, seen.tenants))
+    seen.lasting_leases = leases or []
 
 
 async def _quarantined(server: Server, seen: Seen) -> dict[str, int]:
@@ -285,13 +301,29 @@ async def _quarantined(server: Server, seen: Seen) -> dict[str, int]:
     return {tenant: count for tenant, count in counts if count}
 
 
-async def _streams(server: Server) -> set[str]:
-    found = set[str]()
-    async with aclosing(server.scan(f"{keys.LEDGER}:{{*}}:governance:decisions")) as pages:
+async def _records(server: Server) -> tuple[set[str], set[str]]:
+    """The tenants, of whatever name, that have a stream; those that have parts of an import."""
+    streams, importing = set[str](), set[str]()
+    async with aclosing(server.scan(keys.RECORDS)) as pages:
         async for page in pages:
-            names = (match[1] for key in page if (match := _STREAM.fullmatch(key)))
-            found.update(name.decode(errors="backslashreplace") for name in names)
-    return found
+            importing.update(filter(None, map(keys.tenant_of_import, page)))
+            found = (match[1] for key in page if (match := _STREAM.fullmatch(key)))
+            streams.update(name.decode(errors="backslashreplace") for name in found)
+    return streams, importing
+
+
+async def _idle_s(server: Server, tenants: set[str]) -> dict[str, int]:
+    found = sorted(tenants)[:NAMES_LIMIT]
+    parts = {one: [key.encode() for key in keys.importing(one)] for one in found}
+    return {one: await idle_s(server, some) for one, some in parts.items()}
+
+
+async def _lasting_leases(server: Server, tenants: list[str]) -> list[str]:
+    names = [one.name for one in configured(server.settings)]
+    found = [(tenant, keys.lease(tenant, name)) for tenant in tenants for name in names]
+    replies = await server.exchange_each([(key, pack("PTTL", key)) for _, key in found])
+    lefts = zip(found, map(server.checked, replies), strict=True)
+    return sorted({tenant for (tenant, _), left in lefts if left == -1 or left > LEASE_LIMIT_MS})
 
 
 async def _claimed(server: Server) -> dict[str, int]:

@@ -131,6 +131,8 @@ def _standings_of(
     head, problem = None, None
     try:
         head = parse_head(tenant, server.checked(next(replies)))
+    except errors.PermissionDenied:
+        raise  # what may not be seen is not broken
     except errors.LedgerError as error:
         problem = str(error)
     found = []

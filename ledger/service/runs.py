@@ -14,8 +14,8 @@ import secrets
 import socket
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from os import getpid
+from dataclasses import asdict, dataclass, replace
+from os import getpid, kill
 from typing import Any, Final
 
 import msgspec
@@ -28,7 +28,17 @@ from ledger.service.inspection import server_now_ms
 from ledger.service.jobs import JOBS, JobContext
 from ledger.settings import JobName
 
-__all__ = ["Run", "claim", "counts", "history", "last_runs", "perform", "running"]
+__all__ = [
+    "Run",
+    "claim",
+    "counts",
+    "history",
+    "is_gone",
+    "last_runs",
+    "perform",
+    "record_lost",
+    "running",
+]
 
 RUNS_KEPT: Final = 100
 """Of each job."""
@@ -55,6 +65,20 @@ class Run:
 def worker_name() -> str:
     """This process, for people."""
     return f"{socket.gethostname()}:{getpid()}"
+
+
+def is_gone(worker: str) -> bool:
+    """Whether it was a process of this machine that has ended; of another's nobody knows here."""
+    host, _, pid = worker.rpartition(":")
+    if host != socket.gethostname() or not pid.isdigit():
+        return False
+    try:
+        kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    except (PermissionError, OverflowError):
+        pass  # it is somebody else's, or no pid at all
+    return False
 
 
 # -- slots ---------------------------------------------------------------------------------------
@@ -131,12 +155,13 @@ def _ended(begun: Run, status: str, clock: float, result: dict[str, Any]) -> Run
     return Run(begun.job, status, begun.worker, begun.slot_ms, begun.begun_ms, taken_s, result)
 
 
-async def _record(server: Server, run_id: str, ended: Run) -> None:
+async def _record(server: Server, run_id: str | bytes, ended: Run, *, is_last: bool = True) -> None:
     raw, history = orjson.dumps(asdict(ended)), keys.job_history(ended.job)
     try:
         async with asyncio.timeout(RECORD_TIMEOUT_S):
             await server.command(history, "XADD", history, "MAXLEN", RUNS_KEPT, "*", "run", raw)
-            await server.command(keys.JOBS_LAST, "HSET", keys.JOBS_LAST, ended.job, raw)
+            if is_last:
+                await server.command(keys.JOBS_LAST, "HSET", keys.JOBS_LAST, ended.job, raw)
             counter = f"{ended.job} {ended.status}"
             await server.command(keys.JOB_COUNTS, "HINCRBY", keys.JOB_COUNTS, counter, 1)
             await server.command(keys.JOBS_RUNNING, "HDEL", keys.JOBS_RUNNING, run_id)
@@ -144,6 +169,28 @@ async def _record(server: Server, run_id: str, ended: Run) -> None:
         _log.error(
             "job %s: that it is %s could not be recorded: %s", *(ended.job, ended.status), error
         )
+
+
+async def record_lost(server: Server, begun_before_ms: int) -> int:
+    """Records as failed what began before that and never said how it ended, since its process was
+    killed; how many there were, what is no run of ours included.
+    """
+    raw = await server.command(keys.JOBS_RUNNING, "HGETALL", keys.JOBS_RUNNING)
+    last, count = await last_runs(server), 0
+    for run_id, one in raw.items():
+        run = next(iter(_runs([one])), None)
+        if run is None:
+            await server.command(keys.JOBS_RUNNING, "HDEL", keys.JOBS_RUNNING, run_id)
+        elif run.begun_ms < begun_before_ms:
+            told = {"error": f"{run.worker} ended before it was done", "hint": "see its log"}
+            lost = replace(run, status="failed", result=told)
+            newer = last.get(run.job)
+            is_last = newer is None or newer.begun_ms < run.begun_ms
+            await _record(server, run_id, lost, is_last=is_last)
+        else:
+            continue
+        count += 1
+    return count
 
 
 # -- what has run --------------------------------------------------------------------------------
