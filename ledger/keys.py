@@ -227,7 +227,9 @@ def lease(tenant: str, name: str, version: int, *, rebuild: bool = False) -> str
 LEASES: Final = f"{LEDGER}:{{*}}:lease:*"
 """Glob of the keys that `is_lease` tells leases from."""
 
-_LEASE = re.compile(rf"{re.escape(LEDGER)}:\{{([^{{}}]*)\}}:lease:[A-Za-z0-9_-]{{1,64}}".encode())
+_LEASE = re.compile(
+    rf"{re.escape(LEDGER)}:\{{([^{{}}]*)\}}:lease:[A-Za-z0-9_-]{{1,64}}@\d+(?::rebuild)?".encode()
+)
 
 
 def is_lease(key: bytes) -> bool:

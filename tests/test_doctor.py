@@ -330,7 +330,7 @@ async def test_what_killed_processes_left_is_named_and_cleaned_up(fresh_server):
     """
     own = fresh_server()
     tenant, killed, live = await folded_tenant(own), new_tenant(), new_tenant()
-    lease = keys.lease(tenant, "governance")
+    lease = keys.lease(tenant, "governance", 1)
     own.cli("SET", lease, "a worker of long ago")
     own.cli("HSET", keys.importing(live)[1], "token", "x")
 

@@ -326,7 +326,7 @@ NASTY = (
     "claude-flow:ledger:{t}:projection:governance@1:rebuild:",
     "claude-flow:ledger:{t}:snapshot:governance",
     "claude-flow:ledger:{t}:snapshot:governance@1:head",
-    "claude-flow:ledger:{t}:lease:governance",
+    "claude-flow:ledger:{t}:lease:governance@1",
     "claude-flow:ledger:{t}:projection:governance@1:governance:decisions",
     "claude-flow:ledger:{t}:projection:governance@1\n",
     "claude-flow:ledger:{t}:projection:x@1}:governance:decisions",

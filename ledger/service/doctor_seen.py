@@ -319,8 +319,8 @@ async def _idle_s(server: Server, tenants: set[str]) -> dict[str, int]:
 
 
 async def _lasting_leases(server: Server, tenants: list[str]) -> list[str]:
-    names = [one.name for one in configured(server.settings)]
-    found = [(tenant, keys.lease(tenant, name)) for tenant in tenants for name in names]
+    folded = [(one.name, one.version) for one in configured(server.settings)]
+    found = [(tenant, keys.lease(tenant, *one)) for tenant in tenants for one in folded]
     replies = await server.exchange_each([(key, pack("PTTL", key)) for _, key in found])
     lefts = zip(found, map(server.checked, replies), strict=True)
     return sorted({tenant for (tenant, _), left in lefts if left == -1 or left > LEASE_LIMIT_MS})
