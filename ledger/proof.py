@@ -26,6 +26,8 @@ from ledger.merkle import (
     root_from_range,
 )
 from ledger.note import (
+    COSIGNATURE,
+    ED25519,
     Checkpoint,
     Note,
     Signature,
@@ -103,6 +105,8 @@ def _trusted(
     note: Note, log: Sequence[VerifierKey], witnesses: Sequence[VerifierKey]
 ) -> tuple[Checkpoint, tuple[Signature, ...]]:
     """The checkpoint, signed by one of the log's keys and cosigned by every witness asked for."""
+    log = [key.of_kind(ED25519) for key in log]
+    witnesses = [key.of_kind(COSIGNATURE) for key in witnesses]
     checkpoint = Checkpoint.parse(note.text)
     named = [key for key in log if key.name == checkpoint.origin]
     deployment = checkpoint.origin.rpartition("/")[0]

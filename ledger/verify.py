@@ -24,7 +24,7 @@ from ledger.errors import InvalidInput, LedgerError, NotProved, ServerError, Una
 from ledger.leaf import leaf_hasher
 from ledger.ledger import Ledger
 from ledger.merkle import EMPTY_ROOT, TILE_WIDTH, TileTree, cover, range_hash
-from ledger.note import Checkpoint, Handover, Note, VerifierKey, signers
+from ledger.note import COSIGNATURE, Checkpoint, Handover, Note, VerifierKey, signers
 from ledger.server import Server
 from ledger.stream import raw_pages, read_head, split_id
 from ledger.tiles import Tiles, partial_rows
@@ -174,9 +174,10 @@ async def verify(
 
     Raises:
         Unavailable: the ledger or a witness cannot be asked.
-        InvalidInput: the key is no log's.
+        InvalidInput: the key is no log's, or a witness's is none.
     """
     log_key = key.for_log(tenant)
+    witnesses = [one.of_kind(COSIGNATURE) for one in witnesses]
     if str(anchor).startswith(_URLS) and not witnesses:
         raise InvalidInput(
             f"anchor: {anchor} could be anybody: the witness's key is missing",

@@ -74,13 +74,12 @@ class Witness:
         """`logs`: keys of logs, or of deployments, for all of whose tenants' logs they count.
 
         Raises:
+            InvalidInput: one of `logs` is a witness's key.
             InvalidSetting: there is no such directory.
             ServerInUse: another witness has it.
         """
-        if any(one.kind != ED25519 for one in logs):
-            raise InvalidInput("log: a witness's key is no log's")
         self._key = key
-        self._logs = tuple(logs)
+        self._logs = tuple(one.of_kind(ED25519) for one in logs)
         self._directory = directory
         self._one = threading.Lock()
         if not directory.is_dir():
@@ -151,7 +150,12 @@ class Witness:
         except NotProved as error:
             return _refusal(HTTPStatus.UNPROCESSABLE_ENTITY, error.message)
         cosignature = self._key.cosign(asked.note.text, int(time.time()))
-        _replace(self._file(name), Note(asked.note.text, (*by_log, cosignature)).encode())
+        kept = Note(asked.note.text, (*by_log, cosignature)).encode()
+        try:
+            Note.parse(kept)  # what could not be read again would end the log here
+        except NotProved as error:
+            return _refusal(HTTPStatus.BAD_REQUEST, f"with its cosignature: {error.message}")
+        _replace(self._file(name), kept)
         return Answer(HTTPStatus.OK, cosignature.line().encode())
 
     def _file(self, name: str) -> Path:
@@ -212,10 +216,7 @@ class WitnessClient:
             raise InvalidInput(
                 f"witness: {text[:200]!r} is no witness", hint="write VKEY@https://host/prefix"
             )
-        found = VerifierKey.parse(key)
-        if found.kind != COSIGNATURE:
-            raise InvalidInput(f"witness: {key} is a log's key, not a witness's")
-        return cls(found, url)
+        return cls(VerifierKey.parse(key).of_kind(COSIGNATURE), url)
 
     def add(self, proof: ConsistencyProof) -> Signature:
         """The witness's cosignature; blocks.
@@ -241,9 +242,10 @@ class WitnessClient:
         return self._cosignature(proof.note, body)
 
     def _cosignature(self, note: Note, body: bytes) -> Signature:
+        lines = body.decode(errors="replace").removesuffix("\n").split("\n")
         try:
-            whole = Note.parse(note.encode() + body)
-            ((_, signature), *_) = signers(whole, [self.key])
+            cosigned = Note(note.text, tuple(map(Signature.parse, lines)))
+            ((_, signature), *_) = signers(cosigned, [self.key])
         except NotProved as error:
             raise self._unavailable(error.message) from None
         return signature

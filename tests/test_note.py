@@ -22,7 +22,16 @@ from ledger.merkle import (
     perfect_root,
     range_hash,
 )
-from ledger.note import Checkpoint, Handover, Note, SigningKey, VerifierKey, origin_of, signers
+from ledger.note import (
+    COSIGNATURE,
+    Checkpoint,
+    Handover,
+    Note,
+    SigningKey,
+    VerifierKey,
+    origin_of,
+    signers,
+)
 from ledger.proof import ConsistencyProof, InclusionProof, RangeProof, parse_proof
 from ledger.settings import load_settings
 from ledger.verify import read_anchor
@@ -335,6 +344,28 @@ def test_other_logs_keys_do_not_count():
             proof.verify([key])
     with pytest.raises(NotProved):
         proof.verify([SigningKey.generate("acme.example/prod").verifier()])
+
+
+@pytest.mark.parametrize("kind", ["inclusion", "range"])
+def test_keys_of_the_two_kinds_do_not_stand_in_for_each_other(kind):
+    """A log's key is no witness, and a witness's signs no log: refused, not ignored."""
+    proof, log = proofs()[kind], KEY.verifier(ORIGIN)
+    with pytest.raises(InvalidInput, match="a log's, and a witness's"):
+        proof.verify([log], [log])
+    with pytest.raises(InvalidInput, match="a witness's, and a log's"):
+        proof.verify([log, KEY.verifier(ORIGIN, COSIGNATURE)])
+
+
+def test_signers_name_each_key_once():
+    """A signature line that is repeated, or a second cosignature, makes no second signer."""
+    note = checkpoint(3)
+    witness = SigningKey.generate("w.example/w1")
+    many = (*note.signatures * 40, *(witness.cosign(note.text, at) for at in range(50)))
+    found = signers(Note(note.text, many), [KEY.verifier(ORIGIN), witness.verifier(None, 4)])
+    assert [(key.name, one.raw) for key, one in found] == [
+        (ORIGIN, note.signatures[0].raw),
+        ("w.example/w1", many[40].raw),
+    ]
 
 
 def test_entry_of_another_log_is_refused():

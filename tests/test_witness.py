@@ -13,12 +13,13 @@ import pytest
 
 from ledger.errors import InvalidInput, ServerInUse, WitnessUnavailable
 from ledger.merkle import consistency_ranges, leaf_hash, perfect_root, range_hash
-from ledger.note import Checkpoint, Note, SigningKey, VerifierKey, signers
+from ledger.note import MAX_NOTE_BYTES, Checkpoint, Note, SigningKey, VerifierKey, signers
 from ledger.proof import ConsistencyProof
 from ledger.service.witness_server import WitnessServer
-from ledger.witness import MAX_REQUEST_BYTES, Witness, WitnessBehind, WitnessClient, log_path
+from ledger.witness import MAX_REQUEST_BYTES, Answer, Witness, WitnessBehind, WitnessClient, log_path
 
 LOG = SigningKey.generate("acme.example/prod")
+COSIGNER = SigningKey.generate("witness.example/w1")
 HASH_LINE = base64.b64encode(b"x" * 32) + b"\n"
 ORIGIN = "acme.example/prod/t"
 HASHES = [leaf_hash(b"%d" % n) for n in range(64)]
@@ -41,7 +42,7 @@ def request(old, size, *, key=LOG, origin=ORIGIN, forged=None, proof=None):
 
 @pytest.fixture
 def witness(tmp_path):
-    witness = Witness(SigningKey.generate("witness.example/w1"), [LOG.verifier()], tmp_path)
+    witness = Witness(COSIGNER, [LOG.verifier()], tmp_path)
     yield witness
     witness.close()
 
@@ -97,6 +98,29 @@ def test_what_does_not_continue_is_refused_by_its_code(witness, name):
     if status == HTTPStatus.CONFLICT:
         assert (answer.body, answer.content_type) == (b"5\n", "text/x.tlog.size")
     assert witness.latest(log_path(ORIGIN)) == before
+
+
+def test_a_signature_sent_many_times_is_kept_once(witness):
+    """Who sends a public checkpoint's signature line a hundred times cannot end the log."""
+    asked = request(0, 5)
+    line = asked.note.signatures[0]
+    swollen = ConsistencyProof(0, (), Note(asked.note.text, (line,) * 100))
+    assert witness.answer(swollen.encode()).status == HTTPStatus.OK
+    assert len(Note.parse(witness.latest(log_path(ORIGIN)).body).signatures) == 2
+    assert witness.answer(request(5, 7).encode()).status == HTTPStatus.OK
+
+
+def test_what_could_not_be_read_again_is_not_kept(witness):
+    """A note that its cosignature would make too large is refused, and the log goes on."""
+    checkpoint = Checkpoint(ORIGIN, 5, root(5), ("x" * 1000,) * 65)
+    note = checkpoint.signed(LOG)
+    size = len(note.encode())
+    note = Checkpoint(
+        ORIGIN, 5, root(5), (*checkpoint.extensions, "x" * (MAX_NOTE_BYTES - size - 1))
+    ).signed(LOG)
+    assert len(note.encode()) == MAX_NOTE_BYTES
+    assert witness.answer(ConsistencyProof(0, (), note).encode()).status == HTTPStatus.BAD_REQUEST
+    assert witness.answer(request(0, 5).encode()).status == HTTPStatus.OK
 
 
 MALFORMED = [
@@ -187,6 +211,23 @@ def test_http_is_kept_alive_and_bounded(server):
         raw.sendall(b"POST /add-checkpoint HTTP/1.1\r\nHost: x\r\n\r\n")
         assert b" 411 " in raw.recv(100)
     assert MAX_REQUEST_BYTES < 100_000
+
+
+@pytest.mark.parametrize("before", [b"", b"more text\n\n", b"\n"])
+def test_cosignature_is_of_the_note_that_was_sent(server, witness, monkeypatch, before):
+    """What an answer has before its signature lines cannot change the text that is verified."""
+    client = WitnessClient(witness.verifier, server.url)
+    asked = request(0, 5)
+    signature = COSIGNER.cosign(
+        asked.note.encode() + before[:-1] if before else asked.note.text, 1
+    )
+    answer = Answer(HTTPStatus.OK, before + signature.line().encode())
+    monkeypatch.setattr(witness, "answer", lambda _: answer)
+    if before:
+        with pytest.raises(WitnessUnavailable):
+            client.add(asked)
+    else:
+        assert client.add(asked) == signature
 
 
 @pytest.mark.parametrize(

@@ -101,9 +101,9 @@ def _verifier_key(text: str | None) -> VerifierKey:
 
 
 def _witness_keys(texts: list[str] | None) -> list[VerifierKey]:
-    from ledger.note import VerifierKey
+    from ledger.note import COSIGNATURE, VerifierKey
 
-    return [VerifierKey.parse(text) for text in texts or ()]
+    return [VerifierKey.parse(text).of_kind(COSIGNATURE) for text in texts or ()]
 
 
 def _time(seconds: int) -> str:
