@@ -12,14 +12,14 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from itertools import takewhile
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
 import orjson
 
 from ledger import keys
-from ledger.anchor import AnchorFile, Chain, checkpoints_of, goes_back, read_notes
+from ledger.anchor import AnchorFile, Chain, Followed, checkpoints_of, read_notes
 from ledger.errors import InvalidInput, LedgerError, NotProved, ServerError, Unavailable
 from ledger.leaf import leaf_hasher
 from ledger.ledger import Ledger
@@ -97,6 +97,8 @@ class _Anchored:
     sizes: Callable[[], Iterator[tuple[Checkpoint, Note]]]
     last: Checkpoint
     note: Note
+    torn: bool
+    """Behind `last` a note is cut off."""
 
 
 def read_anchor(anchor: str | Path, origin: str, trusted: Sequence[VerifierKey]) -> _Anchored:
@@ -106,45 +108,39 @@ def read_anchor(anchor: str | Path, origin: str, trusted: Sequence[VerifierKey])
     Raises:
         NotProved: there is no valid checkpoint of this log; the reason says why.
         WitnessUnavailable: the witness does not answer.
+        InvalidInput: it is a pipe or a device.
     """
+    chain = Chain(origin, tuple(trusted))
     text = str(anchor)
     if text.startswith(_URLS):
         found = WitnessClient(trusted[0], text).latest(origin)
         notes = [found] if found else []
-        return _anchored(Chain(origin, tuple(trusted)), text, lambda: iter(notes))
+        return _anchored(chain, text, Followed(found, len(notes)), lambda: iter(notes))
     path = Path(text)
     file = AnchorFile(path, origin) if path.is_dir() else AnchorFile.at(path)
-
-    def read() -> Iterator[Note]:
-        if not file.path.exists():
-            return
-        with file.path.open("rb") as stream:
-            yield from read_notes(stream, file.path.name)
-
-    with file.held_still():
-        return _anchored(file.chain(origin, trusted), text, read)
+    with file.held_still() as stream:
+        followed = chain.follow(read_notes(stream, file.path.name))
+    return _anchored(chain, text, followed, file.notes)
 
 
-def _anchored(chain: Chain, source: str, read: Callable[[], Iterator[Note]]) -> _Anchored:
-    last, before = None, 0
-    for last in read():  # the last one is wanted; `sizes` verifies the others
-        at = Handover.parse(last).at if Handover.is_one(last) else Checkpoint.parse(last.text)
-        if at.size < before:
-            raise goes_back(before, at.size)
-        before = at.size
+def _anchored(
+    chain: Chain, source: str, followed: Followed, read: Callable[[], Iterator[Note]]
+) -> _Anchored:
+    """The chain is complete: whatever `read` gives later is verified by it, and adds nothing."""
+    last, seen, torn = followed
     if last is None:
         raise NotProved(
             f"the anchor {source} has no checkpoint of the log {chain.origin}", reason="no-anchor"
         )
-    at = Handover.parse(last).at if Handover.is_one(last) else chain.verified(last)
+    at = chain.verified(last)
     if at.size == 0:
         raise NotProved(f"the anchor {source} has an empty log's checkpoint", reason="no-anchor")
 
     def sizes() -> Iterator[tuple[Checkpoint, Note]]:
         # A sealer may be at work: what comes behind the last one is another verification's.
-        return takewhile(lambda one: one[0].size <= at.size, checkpoints_of(read(), chain))
+        return islice(checkpoints_of(read(), chain), seen)
 
-    return _Anchored(chain, source, sizes, at, last)
+    return _Anchored(chain, source, sizes, at, last, torn)
 
 
 # -- verify ------------------------------------------------------------------------------------
@@ -191,6 +187,11 @@ async def verify(
         found.found(str(error.facts["reason"]), error.message)
         found.not_proved.append("anything: there is no checkpoint to compare with")
         return found
+    if anchored.torn:
+        found.not_proved.append(
+            "what stands behind the anchor's last checkpoint: it is cut off, and the sealer "
+            "finishes it if it was writing when it was stopped"
+        )
     found.sealed, found.root = anchored.last.size, anchored.last.root
     _check_witnesses(found, anchored.note, witnesses)
     try:
@@ -218,7 +219,8 @@ async def _anchor_of(
     if anchor is not None:
         return await asyncio.to_thread(read_anchor, anchor, key.name, [key])
     notes = [note async for _, note in _copies(server, found.tenant)]
-    return _anchored(Chain(key.name, (key,)), "Redis", lambda: iter(notes))
+    followed = Followed(notes[-1] if notes else None, len(notes))
+    return _anchored(Chain(key.name, (key,)), "Redis", followed, lambda: iter(notes))
 
 
 async def latest_checkpoint(
@@ -233,8 +235,14 @@ async def latest_checkpoint(
     anchored = await _anchor_of(server, found, log_key, anchor)
     if not Handover.is_one(anchored.note):
         return anchored.last, anchored.note
-    *_, (checkpoint, note) = (one for one in anchored.sizes() if not Handover.is_one(one[1]))
-    return checkpoint, note
+    last = None
+    for checkpoint, note in anchored.sizes():
+        last = last if Handover.is_one(note) else (checkpoint, note)
+    if last is None:
+        raise NotProved(
+            f"the anchor {anchored.source} has a hand-over and no checkpoint", reason="no-anchor"
+        )
+    return last
 
 
 def _check_witnesses(found: Verification, note: Note, witnesses: Sequence[VerifierKey]) -> None:
@@ -258,7 +266,8 @@ def _say_what_is_not_proved(found: Verification) -> None:
         ]
     if found.proved and unsealed > 0:
         found.not_proved.append(
-            f"seq {found.sealed + 1} to {found.entries}: recorded, and not sealed yet"
+            f"seq {found.sealed + 1} to {found.entries}: recorded, and not covered by the anchor's "
+            "last checkpoint"
         )
 
 
@@ -312,6 +321,12 @@ class _Run:
                 if self._on_progress:
                     self._on_progress(len(page))
         if wanted is None:
+            if self._good != anchored.last:
+                raise NotProved(
+                    "the anchor was changed while it was read: it has not the checkpoint any more "
+                    "that it ended with",
+                    reason="anchor-changed",
+                )
             return True
         await self._cut_off(anchored)
         return False

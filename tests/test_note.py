@@ -414,7 +414,7 @@ def test_torn_tail_is_overwritten_by_the_next(cut):
     with tempfile.TemporaryDirectory() as folder:
         anchor = AnchorFile(Path(folder), ORIGIN)
         first, second = (checkpoint(size).encode() + b"\n" for size in (3, 7))
-        anchor.path.write_bytes(first + second[: min(cut, len(second) - 1)])
+        anchor.path.write_bytes(first + second[: min(cut, len(second) - 2)])
         with anchor.locked() as stream:
             tail = anchor.tail(stream)
             assert tail.last == Note.parse(first[:-1])
@@ -423,16 +423,70 @@ def test_torn_tail_is_overwritten_by_the_next(cut):
         assert anchor.path.read_bytes() == first + second
 
 
-@given(st.data())
-def test_no_flipped_bit_of_an_anchor_is_accepted(data):
-    """Any flipped bit of an anchor file of two checkpoints makes it prove nothing."""
-    raw = b"".join(checkpoint(size).encode() + b"\n" for size in (3, 7))
-    at, bit = data.draw(st.integers(0, len(raw) - 1)), data.draw(st.integers(0, 7))
+def handed_over(signers=2):
+    at = Checkpoint.parse(checkpoint(7).text)
+    note = Handover.signed(at, KEY, SigningKey.generate(KEY.name))
+    return Note(note.text, note.signatures[:signers]).encode() + b"\n"
+
+
+@pytest.mark.parametrize("last", [lambda: checkpoint(7).encode() + b"\n", handed_over])
+def test_last_note_without_its_empty_line_is_whole(tmp_path, last):
+    """Who reads an anchor and who writes on agree that only the empty line is missing."""
+    anchor = AnchorFile(tmp_path, ORIGIN)
+    first, second, third = checkpoint(3).encode() + b"\n", last(), checkpoint(7)
+    anchor.path.write_bytes((first + second)[:-1])
+    assert [note.encode() + b"\n" for note in anchor.notes()] == [first, second]
+    with anchor.locked() as stream:
+        tail = anchor.tail(stream)
+        assert (tail.last.encode() + b"\n", tail.torn) == (second, None)
+        anchor.append(stream, tail, third)
+    assert anchor.path.read_bytes() == first + second + third.encode() + b"\n"
+
+
+def test_hand_over_that_lost_its_second_signature_is_torn(tmp_path):
+    """A crash between a hand-over's two signatures leaves no hand-over, for reader and writer."""
+    anchor = AnchorFile(tmp_path, ORIGIN)
+    first = checkpoint(3).encode() + b"\n"
+    anchor.path.write_bytes(first + handed_over(1)[:-1])
+    assert [note.encode() + b"\n" for note in anchor.notes()] == [first]
+    with anchor.locked() as stream:
+        assert anchor.tail(stream).last == Note.parse(first[:-1])
+        assert anchor.tail(stream).whole_bytes == len(first)
+
+
+def read_as_anchor(raw):
+    """What a file of these bytes proves: (sizes, whether more is cut off)."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kept.checkpoints"
         path.write_bytes(raw)
-        key = KEY.verifier(ORIGIN)
-        assert [one.size for one, _ in read_anchor(path, ORIGIN, [key]).sizes()] == [3, 7]
-        path.write_bytes(flip(raw, at, bit))
+        anchored = read_anchor(path, ORIGIN, [KEY.verifier(ORIGIN)])
+        return [one.size for one, _ in anchored.sizes()], anchored.torn
+
+
+@given(st.data())
+def test_no_flipped_bit_of_an_anchor_is_accepted(data):
+    """Any flipped bit of an anchor file makes it prove nothing, or, where it looks like an end that
+    a crash tore, no more than what is before that, and it says so.
+    """
+    raw = b"".join(checkpoint(size).encode() + b"\n" for size in (3, 7))
+    at, bit = data.draw(st.integers(0, len(raw) - 1)), data.draw(st.integers(0, 7))
+    assert read_as_anchor(raw) == ([3, 7], False)
+    try:
+        assert read_as_anchor(flip(raw, at, bit)) == ([3], True)
+        assert at > len(raw) // 2
+    except NotProved:
+        pass
+
+
+@given(st.integers(0, 600))
+def test_anchor_cut_anywhere_proves_what_is_whole(cut):
+    """A file cut off at any byte proves the notes before the cut, or nothing if there is none."""
+    first, both = checkpoint(3).encode(), checkpoint(3).encode() + b"\n" + checkpoint(7).encode()
+    raw = both[:cut]
+    if len(raw) < len(first):
         with pytest.raises(NotProved):
-            list(read_anchor(path, ORIGIN, [key]).sizes())
+            read_as_anchor(raw)
+    elif len(raw) == len(both):
+        assert read_as_anchor(raw) == ([3, 7], False)
+    else:
+        assert read_as_anchor(raw) == ([3], len(raw) > len(first) + 1)

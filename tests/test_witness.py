@@ -16,7 +16,14 @@ from ledger.merkle import consistency_ranges, leaf_hash, perfect_root, range_has
 from ledger.note import MAX_NOTE_BYTES, Checkpoint, Note, SigningKey, VerifierKey, signers
 from ledger.proof import ConsistencyProof
 from ledger.service.witness_server import WitnessServer
-from ledger.witness import MAX_REQUEST_BYTES, Answer, Witness, WitnessBehind, WitnessClient, log_path
+from ledger.witness import (
+    MAX_REQUEST_BYTES,
+    Answer,
+    Witness,
+    WitnessBehind,
+    WitnessClient,
+    log_path,
+)
 
 LOG = SigningKey.generate("acme.example/prod")
 COSIGNER = SigningKey.generate("witness.example/w1")
@@ -218,9 +225,7 @@ def test_cosignature_is_of_the_note_that_was_sent(server, witness, monkeypatch, 
     """What an answer has before its signature lines cannot change the text that is verified."""
     client = WitnessClient(witness.verifier, server.url)
     asked = request(0, 5)
-    signature = COSIGNER.cosign(
-        asked.note.encode() + before[:-1] if before else asked.note.text, 1
-    )
+    signature = COSIGNER.cosign(asked.note.encode() + before[:-1] if before else asked.note.text, 1)
     answer = Answer(HTTPStatus.OK, before + signature.line().encode())
     monkeypatch.setattr(witness, "answer", lambda _: answer)
     if before:
