@@ -26,7 +26,7 @@ from ledger.ledger import Ledger
 from ledger.merkle import EMPTY_ROOT, TILE_WIDTH, TileTree, cover, range_hash
 from ledger.note import COSIGNATURE, Checkpoint, Handover, Note, VerifierKey, signers
 from ledger.server import Server
-from ledger.stream import raw_pages, read_head, split_id
+from ledger.stream import Incident, raw_pages, read_head, read_incidents, split_id
 from ledger.tiles import Tiles, partial_rows
 from ledger.witness import WitnessClient
 
@@ -36,6 +36,7 @@ _OWN_NAMES: Final = (b"type", b"id", b"data")
 _SHOWN: Final = 100
 _WINDOW: Final = 1000
 _MAX_COPIES: Final = 5000
+_NO_RECORD: Final = "its own record of the stream was lost, and an imitation looks the same"
 _URLS: Final = ("http://", "https://")
 
 Progress = Callable[[int], None]
@@ -202,6 +203,7 @@ async def verify(
             found.proved = anchor is not None
             await run.check_tiles()
             run.check_ends()
+            await run.find_imitations()
     except NotProved as error:
         found.found(str(error.facts["reason"]), error.message)
     except (TypeError, ValueError, LookupError, AttributeError) as error:
@@ -286,8 +288,8 @@ class _Run:
         self.hashed = hashed
         self.tiles = Tiles(server, found.tenant)
         self._on_progress = on_progress
-        self._foreign: list[int] = []
-        self._foreign_count = 0
+        self._foreign: dict[bool, set[int]] = {True: set(), False: set()}  # sealed, not sealed
+        self._last_id = b"0-0"
         self._damaged: int | None = None
         self._good: Checkpoint | None = None
         self._head_seq = 0
@@ -308,6 +310,7 @@ class _Run:
         async with aclosing(raw_pages(self.server, self.tenant)) as pages:
             async for page in pages:
                 leaves = [self.hashed(raw_id, fields) for raw_id, fields in page]
+                self._last_id = page[-1][0]
                 self._note_foreign(page)
                 while wanted and wanted[0].size <= self._tree.size + len(leaves):
                     if not self._matches(wanted[0], leaves):
@@ -397,18 +400,57 @@ class _Run:
             return
         for seq, (raw_id, fields) in enumerate(page, first):
             if fields[::2] != list(_OWN_NAMES) or split_id(raw_id)[1] != seq:
-                self._foreign_count += 1
-                if len(self._foreign) < _SHOWN:
-                    self._foreign.append(seq)
+                self._add_foreign(seq, seq)
+
+    def _add_foreign(self, first: int, last: int) -> None:
+        """Ordinals that others have taken; of very many sealed and unsealed ones the first."""
+        sealed = self.found.sealed
+        for is_sealed, some in (
+            (True, range(first, min(last, sealed) + 1)),
+            (False, range(max(first, sealed + 1), last + 1)),
+        ):
+            room = _SHOWN - len(self._foreign[is_sealed])
+            self._foreign[is_sealed].update(some[: max(room, 0)])
+
+    async def find_imitations(self) -> None:
+        """Foreign entries that look like ours, which only the append function's own record tells:
+        it registers what it did not write, and what lies behind its last entry is not its own.
+        """
+        try:
+            head = await read_head(self.server, self.tenant)  # anew: it covers all that was read
+            for first in range(1, head.incidents + 1, _WINDOW):
+                last = min(first + _WINDOW - 1, head.incidents)
+                for one in await read_incidents(self.server, self.tenant, first, last):
+                    self._note_incident(one)
+        except Unavailable:
+            raise
+        except LedgerError as error:
+            self._head_damaged(error)
+            self.found.not_proved.append(f"that govledger's append wrote each entry: {_NO_RECORD}")
+            return
+        behind, end = 0, split_id(self._last_id)
+        if split_id(head.entry_id) < end:
+            after = raw_pages(self.server, self.tenant, after_id=head.entry_id)
+            async with aclosing(after) as pages:
+                async for page in pages:
+                    behind += sum(split_id(raw_id) <= end for raw_id, _ in page)
+        self._add_foreign(self.found.entries - behind + 1, self.found.entries)
+
+    def _note_incident(self, incident: Incident) -> None:
+        if incident.kind == "foreign":
+            self._add_foreign(incident.seq, min(incident.last_seq, self.found.entries))
+        elif incident.kind == "headless":
+            self.found.not_proved.append(
+                f"that govledger's append wrote each entry up to seq {incident.seq}: {_NO_RECORD}"
+            )
 
     def report_foreign(self, *, allowed: bool) -> None:
         """Entries that the append function did not write, where the rest is proved."""
         if not self.found.proved:
             return
-        for seq in self._foreign:
-            sealed = seq <= self.found.sealed
-            if not (allowed and sealed):
-                how = "is sealed like the others" if sealed else "is not sealed"
+        for is_sealed in (False,) if allowed else (True, False):
+            how = "is sealed like the others" if is_sealed else "is not sealed"
+            for seq in sorted(self._foreign[is_sealed]):
                 self.found.found(
                     "foreign-entry",
                     f"seq {seq} was not written by govledger's append; it {how}, and the proof of "
@@ -555,6 +597,10 @@ class _Run:
         except Unavailable:
             raise
         except LedgerError as error:
+            self._head_damaged(error)
+
+    def _head_damaged(self, error: LedgerError) -> None:
+        if all(one.reason != "head-damaged" for one in self.found.findings):
             self.found.found("head-damaged", error.message)
 
     def check_ends(self) -> None:

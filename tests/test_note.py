@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import tempfile
 from pathlib import Path
@@ -33,6 +34,7 @@ from ledger.note import (
     signers,
 )
 from ledger.proof import ConsistencyProof, InclusionProof, RangeProof, parse_proof
+from ledger.regular import open_regular
 from ledger.settings import load_settings
 from ledger.verify import read_anchor
 from tests.evidence import flip
@@ -476,6 +478,19 @@ def test_no_flipped_bit_of_an_anchor_is_accepted(data):
         assert at > len(raw) // 2
     except NotProved:
         pass
+
+
+def test_only_files_are_read(tmp_path):
+    """A pipe, which would hold its reader for ever, and a device without an end are refused."""
+    os.mkfifo(pipe := tmp_path / "pipe", 0o600)
+    for read in (open_regular, read_key, lambda path: read_anchor(path, ORIGIN, [])):
+        for path in (pipe, Path("/dev/zero")):
+            with pytest.raises(InvalidInput, match="a pipe or a device"):
+                read(path)
+    endless = AnchorFile(tmp_path, ORIGIN)
+    endless.path.write_bytes(b"x" * 200_000)
+    with pytest.raises(NotProved, match="too l"):
+        endless.chain(ORIGIN, [])
 
 
 @given(st.integers(0, 600))

@@ -7,6 +7,7 @@ import os
 import sys
 from contextlib import closing
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -530,11 +531,13 @@ def _range(text: str) -> dict[str, Any]:
 
 def _read_checkpoint(path: Path) -> Any:
     from ledger.anchor import read_notes
+    from ledger.regular import open_regular
 
-    with path.open("rb") as stream:
-        notes = list(read_notes(stream, path.name))
+    with open_regular(path) as stream:
+        notes = list(islice(read_notes(stream, path.name), 2))
     if len(notes) != 1:
-        raise errors.InvalidInput(f"{path}: {len(notes)} checkpoints, not one")
+        many = "more than one" if notes else "no"
+        raise errors.InvalidInput(f"{path}: {many} checkpoint, and one is asked for")
     return notes[0]
 
 
