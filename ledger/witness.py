@@ -12,8 +12,6 @@ import http.client
 import os
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from http import HTTPStatus
 from pathlib import Path
@@ -29,6 +27,7 @@ from ledger.errors import (
     ServerInUse,
     WitnessUnavailable,
 )
+from ledger.fetch import fetch
 from ledger.merkle import EMPTY_ROOT, check_consistency
 from ledger.note import (
     COSIGNATURE,
@@ -261,17 +260,16 @@ class WitnessClient:
         return None if status == HTTPStatus.NOT_FOUND else Note.parse(body)
 
     def _ask(self, path: str, body: bytes | None) -> tuple[int, bytes]:
-        request = urllib.request.Request(self.url + path, data=body)  # noqa: S310 - http(s) by parse
+
         try:
-            with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as reply:  # noqa: S310
-                return reply.status, reply.read(MAX_REQUEST_BYTES)
-        except urllib.error.HTTPError as error:
-            with error:
-                if error.code >= HTTPStatus.INTERNAL_SERVER_ERROR:
-                    raise self._unavailable(f"it answers {error.code}") from None
-                return error.code, error.read(MAX_REQUEST_BYTES)
+            status, answer = fetch(
+                self.url + path, body, timeout_s=_TIMEOUT_S, max_bytes=MAX_REQUEST_BYTES
+            )
         except (OSError, ValueError, http.client.HTTPException) as error:
             raise self._unavailable(str(error)) from None
+        if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+            raise self._unavailable(f"it answers {status}")
+        return status, answer
 
     def _unavailable(self, why: str) -> WitnessUnavailable:
         return WitnessUnavailable(f"witness {self.key.name} at {self.url}: {why}")
