@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,10 +31,11 @@ from ledger.note import (
     Note,
     SigningKey,
     VerifierKey,
+    b64,
     origin_of,
     signers,
 )
-from ledger.proof import ConsistencyProof, InclusionProof, RangeProof, parse_proof
+from ledger.proof import ConsistencyProof, InclusionProof, RangeProof, parse_proof, read_proof
 from ledger.regular import open_regular
 from ledger.settings import load_settings
 from ledger.verify import read_anchor
@@ -327,6 +329,47 @@ def test_proof_longer_than_the_tree_is_refused():
         longer = InclusionProof(2, proof.hashes + (b"x" * 32,) * more, proof.note, proof.entry)
         with pytest.raises(NotProved):
             parse_proof(longer.encode()).verify([KEY.verifier()])
+
+
+def test_a_range_is_read_from_its_file_record_by_record(tmp_path):
+    """A range's records stay in the file: what is given later is what was verified, or an error."""
+    raw = b"before" + proofs()["range"].encode()
+    path = tmp_path / "r"
+    path.write_bytes(raw)
+    with path.open("r+b", buffering=0) as writing, path.open("rb") as stream:
+        stream.seek(len(b"before"))
+        proved = read_proof(stream).verify([KEY.verifier()])
+        assert list(proved.entries) == list(proved.entries[:]) == RECORDS[2:5]
+        assert list(proved.entries[1:]) == RECORDS[3:5]
+        other = b64(RECORDS[6].encode()).encode()
+        writing.seek(raw.index(b64(RECORDS[3].encode()).encode()))
+        writing.write(other)
+        stream.seek(0)
+        assert stream.read(1) == b"b"
+        assert proved.entries[2] == RECORDS[4]
+        with pytest.raises(NotProved, match="changed while"):
+            list(proved.entries)
+
+
+def test_proof_without_its_entry_is_read_and_proves_nothing_alone():
+    """`extra` is optional in a tlog-proof: others' files are read, and what is missing is said."""
+    proof = proofs()["inclusion"]
+    bare = replace(proof, entry=None)
+    again = parse_proof(bare.encode())
+    assert again == bare
+    with pytest.raises(NotProved, match="no `extra`"):
+        again.verify([KEY.verifier()])
+    assert replace(again, entry=proof.entry).verify([KEY.verifier()]).first_seq == 3
+
+
+@pytest.mark.parametrize("first", [b"\0", b"x", b"c2sp.org/tlog-proof@v2\n"])
+def test_a_file_of_another_kind_is_not_read_on(tmp_path, first):
+    """The first line decides: of a huge file of something else no more than that is read."""
+    path = tmp_path / "huge"
+    path.write_bytes(first)
+    os.truncate(path, 1 << 40)
+    with path.open("rb") as stream, pytest.raises(NotProved, match="no proof that"):
+        read_proof(stream)
 
 
 def test_huge_numbers_in_a_record_are_refused():

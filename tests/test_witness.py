@@ -236,9 +236,7 @@ def exchanged(server, *parts):
     """All that the server sends on one connection for these bytes, until it ends it."""
     place = urlsplit(server.url)
     with socket.create_connection((place.hostname, place.port), timeout=10) as raw:
-        for part in parts:
-            raw.sendall(part)
-        raw.shutdown(socket.SHUT_WR)
+        raw.sendall(b"".join(parts))  # at once, so that none is left unread, which would reset it
         return b"".join(iter(lambda: raw.recv(4096), b""))
 
 

@@ -581,31 +581,30 @@ def verify_proof(
     Prints what it proves, and the entries. Exits with 0 only if it proves something.
     """
     from ledger.note import VerifierKey
-    from ledger.proof import MAX_RANGE_BYTES, ConsistencyProof, parse_proof
+    from ledger.proof import ConsistencyProof, read_proof
+    from ledger.regular import open_regular
 
     trusted, witnesses = list(map(VerifierKey.parse, key)), _witness_keys(witness_key)
-    with file.open("rb") as stream:
-        proof = parse_proof(stream.read(MAX_RANGE_BYTES + 1))
-    if isinstance(proof, ConsistencyProof):
-        if continues is None:
-            raise usage("verify-proof", "--continues is missing: the earlier checkpoint")
-        proved = proof.verify(trusted, _read_checkpoint(continues), witnesses)
-    else:
-        proved = proof.verify(trusted, witnesses)
-    _print_proved(proved, as_json=as_json)
-    sys.stdout.flush()
+    with open_regular(file) as stream:
+        proof = read_proof(stream)
+        if isinstance(proof, ConsistencyProof):
+            if continues is None:
+                raise usage("verify-proof", "--continues is missing: the earlier checkpoint")
+            proved = proof.verify(trusted, _read_checkpoint(continues), witnesses)
+        else:
+            proved = proof.verify(trusted, witnesses)
+        _print_proved(proved, as_json=as_json)
+        sys.stdout.flush()
 
 
 def _print_proved(proved: Proved, *, as_json: bool) -> None:
     from ledger.note import b64
+    from ledger.service.fields import field_line, name_text
 
     checkpoint, count = proved.checkpoint, len(proved.entries)
     cosigned = {one.name: one.time_s for one in proved.cosignatures}
-    entries = [
-        _entry_json(entry, seq) for seq, entry in enumerate(proved.entries, proved.first_seq)
-    ]
     if as_json:
-        print_json(
+        _print_proved_json(
             {
                 "proved": True,
                 "origin": checkpoint.origin,
@@ -614,8 +613,8 @@ def _print_proved(proved: Proved, *, as_json: bool) -> None:
                 "first_seq": proved.first_seq,
                 "continues": proved.old.size if proved.old else None,
                 "cosigned": cosigned,
-                "entries": entries,
-            }
+            },
+            proved,
         )
         return
     lines = [f"PROVED, log {checkpoint.origin}"]
@@ -631,24 +630,28 @@ def _print_proved(proved: Proved, *, as_json: bool) -> None:
             f"  records {proved.first_seq} to {last} of {checkpoint.size}, and no other between"
         )
     lines += [f"  cosigned by {who} at {_time(at)}" for who, at in cosigned.items()]
-    for entry in entries:
-        lines.append(f"  seq {entry['seq']}  {entry['entry_id']}")
-        lines += [f"    {name}: {value}" for name, value in entry["fields"]]
     print_lines(*map(terminal.printable, lines))
+    for seq, entry in enumerate(proved.entries, proved.first_seq):
+        print_lines(f"  seq {seq}  {name_text(entry.entry_id)}")
+        for name, withheld, value in entry.fields:
+            print_lines(f"    {field_line(name, value, withheld=withheld)}")
 
 
-def _entry_json(entry: Any, seq: int) -> dict[str, Any]:
-    shown = [
-        [
-            name.decode(errors="backslashreplace"),
-            f"withheld, SHA-256 {value.hex()}"
-            if digest
-            else value.decode(errors="backslashreplace"),
+def _print_proved_json(head: dict[str, Any], proved: Proved) -> None:
+    """One object on one line; its entries one by one, as there may be more than memory takes."""
+    import orjson
+
+    from ledger.service.fields import field_json, text_or_base64
+
+    out = sys.stdout.buffer
+    out.write(orjson.dumps(head).removesuffix(b"}") + b',"entries":[')
+    for seq, entry in enumerate(proved.entries, proved.first_seq):
+        fields = [
+            field_json(name, value, withheld=withheld) for name, withheld, value in entry.fields
         ]
-        for name, digest, value in entry.fields
-    ]
-    entry_id = entry.entry_id.decode(errors="backslashreplace")
-    return {"seq": seq, "entry_id": entry_id, "fields": shown}
+        shown = {"seq": seq, **text_or_base64("entry_id", entry.entry_id), "fields": fields}
+        out.write(b"," * (seq > proved.first_seq) + orjson.dumps(shown))
+    out.write(b"]}\n")
 
 
 # -- witness -----------------------------------------------------------------------------------
