@@ -478,9 +478,8 @@ async def test_young_entries_wait_where_the_server_does_not_fsync_each(fresh_ser
         assert (sealed.entries, sealed.waiting) == (1, True)
         found = await case.verify()
         assert found.ok
-        assert found.not_proved == [
-            "seq 2 to 3: recorded, and not covered by the anchor's last checkpoint"
-        ]
+        told = "seq 2 to 3: recorded, and not covered by the anchor's last checkpoint"
+        assert found.not_proved[-1] == told
         case.client.close()
 
 
