@@ -13,14 +13,16 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO, ClassVar, Final
+from typing import BinaryIO, ClassVar, Final, NamedTuple
 from urllib.parse import quote, unquote
 
 from ledger.errors import InvalidInput, InvalidSetting, NotProved
 from ledger.note import MAX_NOTE_BYTES, Checkpoint, Handover, Note, VerifierKey, signers
+from ledger.regular import open_regular, regular_only
 
-__all__ = ["AnchorFile", "Chain", "Tail", "checkpoints_of", "goes_back", "read_notes"]
+__all__ = ["AnchorFile", "Chain", "Followed", "Tail", "checkpoints_of", "goes_back", "read_notes"]
 
 _SIGNED: Final = "— ".encode()
 MAX_FILE_NAME_BYTES: Final = 255
@@ -47,10 +49,25 @@ def read_notes(stream: BinaryIO, name: str) -> Iterator[Note]:
             raise NotProved(f"{name}:{line_number}: an unsigned note", reason="unsigned")
         else:
             text.extend(line)
-    if signed.endswith(b"\n"):  # a single note, as other tools write it
+    if _is_whole(text, signed):  # as other tools write a single note
         yield _note(bytes(text + signed), name, line_number)
     elif text or signed:
         raise NotProved(f"{name}: its last note is cut off", reason="torn")
+
+
+def _is_whole(text: bytes | bytearray, signed: bytes | bytearray) -> bool:
+    """Whether a file's last note lacks nothing but its empty line; a hand-over has two signers."""
+    lines = 2 if text.startswith(Handover.FIRST_LINE) else 1
+    return signed.endswith(b"\n") and signed.count(b"\n") >= lines
+
+
+def up_to_torn(notes: Iterator[Note]) -> Iterator[Note]:
+    """The notes before a tail that is cut off."""
+    try:
+        yield from notes
+    except NotProved as error:
+        if error.facts.get("reason") != "torn":
+            raise
 
 
 def _note(raw: bytes, name: str, line_number: int) -> Note:
@@ -59,6 +76,14 @@ def _note(raw: bytes, name: str, line_number: int) -> Note:
     except NotProved as error:
         reason = error.facts["reason"]
         raise NotProved(f"{name}:{line_number}: {error.message}", reason=reason) from None
+
+
+class Followed(NamedTuple):
+    """One reading of an anchor: its last note, how many, and whether one behind it is cut off."""
+
+    last: Note | None
+    seen: int
+    torn: bool = False
 
 
 @dataclass(slots=True)
@@ -86,6 +111,31 @@ class Chain:
                 raise NotProved("a hand-over is not by the key before it", reason="wrong-key")
         self.handovers.append(handover)
 
+    def follow(self, notes: Iterator[Note]) -> Followed:
+        """Takes the hand-overs among an anchor's notes, from one reading of it.
+
+        Raises:
+            NotProved: they are no anchor's, a hand-over does not hold, or sizes go back.
+        """
+        last, seen, before, torn = None, 0, 0, False
+        try:
+            for last in notes:
+                seen += 1
+                if Handover.is_one(last):
+                    self.add(Handover.parse(last))
+                    at = self.handovers[-1].at
+                else:
+                    at = Checkpoint.parse(last.text)
+                if at.size < before:
+                    raise goes_back(before, at.size)
+                before = at.size
+        except NotProved as error:
+            torn = error.facts["reason"] == "torn"
+            if last is None or not torn:
+                raise
+        self.checked()
+        return Followed(last, seen, torn)
+
     def checked(self) -> Chain:
         """Itself, where the hand-overs and a trusted key belong together.
 
@@ -110,11 +160,20 @@ class Chain:
         return (self.handovers[-1].new,)
 
     def verified(self, note: Note) -> Checkpoint:
-        """The checkpoint of a note.
+        """The checkpoint of a note; of a hand-over, the last one of its old key.
 
         Raises:
-            NotProved: it is another log's, or not signed by the key that was then in charge.
+            NotProved: it is another log's, or not signed by the key that was then in charge; or a
+                hand-over that is not in this chain: its own two keys alone vouch for nothing.
         """
+        if Handover.is_one(note):
+            handover = Handover.parse(note)
+            if handover not in self.handovers:
+                raise NotProved(
+                    f"a hand-over of {handover.at.origin[:200]} is not linked to the trusted key",
+                    reason="wrong-key",
+                )
+            return handover.at
         checkpoint = Checkpoint.parse(note.text)
         if checkpoint.origin != self.origin:
             raise NotProved(
@@ -133,7 +192,7 @@ def checkpoints_of(notes: Iterator[Note], chain: Chain) -> Iterator[tuple[Checkp
     """
     last: Checkpoint | None = None
     for note in notes:
-        checkpoint = Handover.parse(note).at if Handover.is_one(note) else chain.verified(note)
+        checkpoint = chain.verified(note)
         if last is not None and checkpoint.size < last.size:
             raise goes_back(last.size, checkpoint.size)
         if last is not None and checkpoint.size == last.size and checkpoint.root != last.root:
@@ -160,6 +219,8 @@ class Tail:
     last: Note | None
     torn: Checkpoint | None
     whole_bytes: int
+    unended: bool = False
+    """The last note lacks the empty line behind it, and nothing else."""
 
 
 class AnchorFile:
@@ -196,11 +257,11 @@ class AnchorFile:
         """
         chain = Chain(origin, tuple(trusted))
         if self.path.exists():
-            with self.path.open("rb") as stream:
+            with open_regular(self.path) as stream:
                 if not any(map(Handover.FIRST_LINE.__eq__, _lines(stream))):
                     return chain  # and no note was decoded
                 stream.seek(0)
-                for note in _up_to_torn(read_notes(stream, self.path.name)):
+                for note in up_to_torn(read_notes(stream, self.path.name)):
                     if Handover.is_one(note):
                         chain.add(Handover.parse(note))
         return chain.checked()
@@ -219,21 +280,31 @@ class AnchorFile:
                 "disk is noticed",
             )
         is_new = not self.path.exists()
-        with self.path.open("a+b") as stream:
+        with open(self.path, "a+b", opener=regular_only) as stream:
             fcntl.flock(stream, fcntl.LOCK_EX)
             if is_new:
                 _fsync_directory(self.directory)
             yield stream
 
     @contextmanager
-    def held_still(self) -> Iterator[None]:
-        """No sealer writes while the block reads; nothing where there is no file."""
+    def held_still(self) -> Iterator[BinaryIO]:
+        """The file, in which no sealer writes while the block reads; empty where there is none."""
         if not self.path.exists():
-            yield
+            yield BytesIO()
             return
-        with self.path.open("rb") as stream:
+        with open_regular(self.path) as stream:
             fcntl.flock(stream, fcntl.LOCK_SH)
-            yield
+            yield stream
+
+    def notes(self) -> Iterator[Note]:
+        """What is whole of it now.
+
+        Raises:
+            NotProved: it is no such file.
+        """
+        if self.path.exists():
+            with open_regular(self.path) as stream:
+                yield from up_to_torn(read_notes(stream, self.path.name))
 
     def tail(self, stream: BinaryIO) -> Tail:
         """Its end, read backwards: cheap however long it is.
@@ -254,6 +325,9 @@ class AnchorFile:
             last = _note(b"%b\n\n%b\n" % tuple(blocks[:2]), self.path.name, 0)
             whole += len(blocks[0]) + len(blocks[1]) + 4
             blocks = blocks[2:]
+        if len(blocks) == 2 and _is_whole(*blocks):
+            last = _note(b"%b\n\n%b" % tuple(blocks), self.path.name, 0)
+            return Tail(last, None, size, unended=True)
         torn = Note(blocks[0] + b"\n", ()) if len(blocks) == 2 else None
         if torn is None or Handover.is_one(torn):
             return Tail(last, None, whole)
@@ -263,21 +337,16 @@ class AnchorFile:
         """Adds a note behind the tail, over what was torn, and returns when it is on disk."""
         if stream.seek(0, os.SEEK_END) != tail.whole_bytes:
             stream.truncate(tail.whole_bytes)
-        stream.write(note.encode() + b"\n")
+        stream.write((b"\n" if tail.unended else b"") + note.encode() + b"\n")
         stream.flush()
         os.fsync(stream.fileno())
 
 
 def _lines(stream: BinaryIO) -> Iterator[bytes]:
-    return iter(lambda: stream.readline(MAX_NOTE_BYTES), b"")
-
-
-def _up_to_torn(notes: Iterator[Note]) -> Iterator[Note]:
-    try:
-        yield from notes
-    except NotProved as error:
-        if error.facts.get("reason") != "torn":
-            raise
+    while line := stream.readline(MAX_NOTE_BYTES):
+        if len(line) == MAX_NOTE_BYTES:  # it may have no end
+            raise NotProved("a line of the anchor is too long", reason="malformed")
+        yield line
 
 
 def _fsync_directory(path: Path) -> None:

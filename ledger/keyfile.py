@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ledger.errors import InvalidInput, InvalidSetting, UnsafeKey
 from ledger.note import SigningKey
+from ledger.regular import open_regular
 from ledger.settings import Settings
 
 __all__ = ["read_key", "signing_key", "write_key"]
@@ -44,9 +45,9 @@ def read_key(path: Path) -> SigningKey:
 
     Raises:
         UnsafeKey: others can read or write the file.
-        InvalidInput: it has no key.
+        InvalidInput: it has no key, or is a pipe or a device.
     """
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         found = os.fstat(file.fileno())
         if found.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
             raise UnsafeKey(

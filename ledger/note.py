@@ -28,6 +28,8 @@ from ledger.errors import InvalidInput, NotProved
 from ledger.merkle import HASH_BYTES, MAX_SIZE
 
 __all__ = [
+    "COSIGNATURE",
+    "ED25519",
     "MAX_NOTE_BYTES",
     "Checkpoint",
     "Handover",
@@ -192,14 +194,28 @@ class VerifierKey:
         """The same key under another name."""
         return VerifierKey(name, self.public, self.kind)
 
+    def of_kind(self, kind: int) -> VerifierKey:
+        """Itself, where it is what is asked for: a log's key (`ED25519`) or a witness's.
+
+        Raises:
+            InvalidInput: it is the other: neither stands in for the other.
+        """
+        if self.kind != kind:
+            is_witness = self.kind == COSIGNATURE
+            raise InvalidInput(
+                f"key: {self} is {'a witness' if is_witness else 'a log'}'s, and "
+                f"{'a log' if is_witness else 'a witness'}'s is asked for",
+                hint="--key takes a log's, --witness-key what `keys show --witness` prints",
+            )
+        return self
+
     def for_log(self, tenant: str) -> VerifierKey:
         """The key of a tenant's log: itself, or that of the deployment under the log's name.
 
         Raises:
             InvalidInput: it is a witness's key.
         """
-        if self.kind != ED25519:
-            raise InvalidInput(f"key: {self} is a witness's", hint="give it as --witness-key")
+        self.of_kind(ED25519)
         if self.name.endswith(f"/{keys.checked_tenant(tenant)}"):
             return self
         return self.named(origin_of(self.name, tenant))
@@ -373,19 +389,19 @@ class Note:
 
 
 def signers(note: Note, trusted: Sequence[VerifierKey]) -> list[tuple[VerifierKey, Signature]]:
-    """The trusted keys that signed the note; unknown ones are ignored.
+    """The trusted keys that signed the note, each once; unknown ones are ignored.
 
     Raises:
         NotProved: a trusted key's signature does not fit the text, or none is by a trusted key.
     """
-    found = []
+    found: dict[VerifierKey, Signature] = {}
     for signature in note.signatures:
         for key in trusted:
             if not key.matches(signature):
                 continue
             if not key.verifies(note.text, signature.raw[_KEY_ID_BYTES:]):
                 raise NotProved(f"the signature of {key} does not fit", reason="bad-signature")
-            found.append((key, signature))
+            found.setdefault(key, signature)  # the same line may stand there a hundred times
     if not found:
         named = ", ".join(f"{one.name}+{one.key_id.hex()}" for one in note.signatures)
         raise NotProved(
@@ -393,7 +409,7 @@ def signers(note: Note, trusted: Sequence[VerifierKey]) -> list[tuple[VerifierKe
             f"there is {named[:300]}",
             reason="foreign-signature",
         )
-    return found
+    return list(found.items())
 
 
 # -- checkpoints -------------------------------------------------------------------------------

@@ -13,10 +13,12 @@ from __future__ import annotations
 import base64
 import binascii
 import re
+from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from io import BytesIO
 from itertools import pairwise
-from typing import Final
+from typing import BinaryIO, Final, overload
 
 from ledger.errors import NotProved
 from ledger.leaf import EntryRecord
@@ -28,6 +30,9 @@ from ledger.merkle import (
     root_from_range,
 )
 from ledger.note import (
+    COSIGNATURE,
+    ED25519,
+    MAX_NOTE_BYTES,
     Checkpoint,
     Note,
     Signature,
@@ -45,9 +50,11 @@ __all__ = [
     "Proved",
     "RangeProof",
     "parse_proof",
+    "read_proof",
 ]
 
 INCLUSION: Final = "c2sp.org/tlog-proof@v1"
+_EXTRA: Final = b"extra "
 RANGE: Final = "govledger/range-proof@1"
 MAX_PROOF_BYTES: Final = 1 << 20
 """Of a continuation, which has no entry in it."""
@@ -65,7 +72,7 @@ class Proved:
 
     checkpoint: Checkpoint
     first_seq: int
-    entries: tuple[EntryRecord, ...]
+    entries: Sequence[EntryRecord]
     cosignatures: tuple[Signature, ...]
     """Of the trusted witnesses."""
 
@@ -136,32 +143,65 @@ def _malformed(why: str) -> NotProved:
     return NotProved(f"proof: {why}", reason="malformed")
 
 
-def _text(raw: bytes, limit: int) -> str:
-    if len(raw) > limit:
-        raise _malformed(f"{len(raw)} bytes; at most {limit} are read")
+class _Lines:
+    """A proof's lines one by one, and no more bytes than its kind may have."""
+
+    def __init__(self, stream: BinaryIO, limit: int) -> None:
+        self.stream = stream
+        self.read = 0
+        self._limit = limit
+
+    def next(self) -> bytes:
+        line = self.stream.readline(self._limit - self.read + 1)
+        self.read += len(line)
+        if self.read > self._limit:
+            raise _malformed(f"more than {self._limit} bytes; so many are read at most")
+        if not line.endswith(b"\n"):
+            raise _malformed("it ends too early")
+        return line[:-1]
+
+    def part(self, most: int) -> list[str]:
+        """Up to an empty line."""
+        found: list[str] = []
+        while line := self.next():
+            if len(found) == most:
+                raise _malformed(f"more than {most} lines where no more can be")
+            found.append(_decoded(line))
+        return found
+
+    def note(self) -> Note:
+        return Note.parse(self.stream.read(MAX_NOTE_BYTES + 1))
+
+
+def _decoded(line: bytes) -> str:
     try:
-        return raw.decode()
+        return line.decode()
     except UnicodeDecodeError:
         raise _malformed("it is no UTF-8") from None
+
+
+def _number(line: str, name: str) -> int:
+    if not line.startswith(f"{name} "):
+        raise _malformed(f"it has no `{name}` where that belongs")
+    return parse_size(line.removeprefix(f"{name} "), name)
 
 
 def _hash_lines(hashes: Sequence[bytes]) -> str:
     return "".join(f"{b64(one)}\n" for one in hashes)
 
 
-def _hashes(lines: str) -> tuple[bytes, ...]:
-    found = lines.split("\n") if lines else []
-    if len(found) > MAX_PROOF_HASHES:
-        raise _malformed(f"{len(found)} hashes; no tree needs more than {MAX_PROOF_HASHES}")
-    return tuple(checked_hash(line, "proof") for line in found)
+def _hashes(lines: Sequence[str]) -> tuple[bytes, ...]:
+    if len(lines) > MAX_PROOF_HASHES:
+        raise _malformed(f"{len(lines)} hashes; no tree needs more than {MAX_PROOF_HASHES}")
+    return tuple(checked_hash(line, "proof") for line in lines)
 
 
-def _record(line: str) -> EntryRecord:
+def _record(line: bytes) -> EntryRecord:
     try:
         raw = base64.b64decode(line, validate=True)
     except (binascii.Error, ValueError):
         raise _malformed("an entry is no base64") from None
-    if b64(raw) != line:
+    if base64.b64encode(raw) != line:
         raise _malformed("an entry is no canonical base64")
     return EntryRecord.decode(raw)
 
@@ -170,6 +210,8 @@ def _trusted(
     note: Note, log: Sequence[VerifierKey], witnesses: Sequence[VerifierKey]
 ) -> tuple[Checkpoint, tuple[Signature, ...]]:
     """The checkpoint, signed by one of the log's keys and cosigned by every witness asked for."""
+    log = [key.of_kind(ED25519) for key in log]
+    witnesses = [key.of_kind(COSIGNATURE) for key in witnesses]
     checkpoint = Checkpoint.parse(note.text)
     named = [key for key in log if key.name == checkpoint.origin]
     deployment = checkpoint.origin.rpartition("/")[0]
@@ -211,30 +253,30 @@ class InclusionProof:
     index: int
     hashes: tuple[bytes, ...]
     note: Note
-    entry: EntryRecord
+    entry: EntryRecord | None
+    """None where a proof that others made has no `extra`: then it is about a leaf alone."""
 
     def encode(self) -> bytes:
         """The file's bytes."""
-        head = f"{INCLUSION}\nextra {b64(self.entry.encode())}\nindex {self.index}\n"
+        extra = f"extra {b64(self.entry.encode())}\n" if self.entry else ""
+        head = f"{INCLUSION}\n{extra}index {self.index}\n"
         return head.encode() + _hash_lines(self.hashes).encode() + b"\n" + self.note.encode()
 
     @classmethod
-    def parse(cls, raw: bytes) -> InclusionProof:
-        """From a file's bytes.
+    def read(cls, stream: BinaryIO) -> InclusionProof:
+        """From a file.
 
         Raises:
             NotProved: it is no such proof.
         """
-        text = _text(raw, MAX_ENTRY_BYTES)
-        head, blank, note = text.partition("\n\n")
-        lines = head.split("\n")
-        if not blank or lines[0] != INCLUSION or len(lines) < 3:
-            raise _malformed("it has no head of at least three lines and no checkpoint")
-        if not lines[1].startswith("extra ") or not lines[2].startswith("index "):
-            raise _malformed("it must have `extra`, the entry, and `index`")
-        entry = _record(lines[1].removeprefix("extra "))
-        index = parse_size(lines[2].removeprefix("index "), "index")
-        return cls(index, _hashes("\n".join(lines[3:])), Note.parse(note.encode()), entry)
+        lines = _Lines(stream, MAX_ENTRY_BYTES)
+        if lines.next() != INCLUSION.encode():
+            raise _malformed("it does not begin as the proof of an entry does")
+        entry, line = None, lines.next()
+        if line.startswith(_EXTRA):
+            entry, line = _record(line[len(_EXTRA) :]), lines.next()
+        index = _number(_decoded(line), "index")
+        return cls(index, _hashes(lines.part(MAX_PROOF_HASHES)), lines.note(), entry)
 
     def verify(self, log: Sequence[VerifierKey], witnesses: Sequence[VerifierKey] = ()) -> Proved:
         """What it proves to who trusts these keys.
@@ -243,11 +285,47 @@ class InclusionProof:
             NotProved: nothing; `facts["reason"]` says why.
         """
         checkpoint, cosignatures = _trusted(self.note, log, witnesses)
+        if self.entry is None:
+            raise NotProved(
+                "it does not say what entry it is about: it has no `extra`", reason="no-entry"
+            )
         _check_origin([self.entry], checkpoint)
         leaf = leaf_hash(self.entry.leaf_data())
         root = root_from_inclusion(self.index, checkpoint.size, leaf, self.hashes)
         _check_root(root, checkpoint)
         return Proved(checkpoint, self.index + 1, (self.entry,), cosignatures)
+
+
+class _StoredRecords(Sequence[EntryRecord]):
+    """Records in a proof's file, read whenever one is wanted: a range may be larger than memory.
+
+    With `leaves`, which were verified, a record that was changed in the file since is not given.
+    """
+
+    def __init__(
+        self, stream: BinaryIO, offsets: Sequence[int], leaves: Sequence[bytes] | None = None
+    ) -> None:
+        self.stream = stream
+        self.offsets = offsets
+        self._leaves = leaves
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    @overload
+    def __getitem__(self, index: int) -> EntryRecord: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[EntryRecord]: ...
+
+    def __getitem__(self, index: int | slice) -> EntryRecord | Sequence[EntryRecord]:
+        if isinstance(index, slice):
+            leaves = self._leaves and self._leaves[index]
+            return _StoredRecords(self.stream, self.offsets[index], leaves)
+        self.stream.seek(self.offsets[index])
+        record = _record(self.stream.readline(MAX_RANGE_BYTES).removesuffix(b"\n"))
+        if self._leaves is not None and leaf_hash(record.leaf_data()) != self._leaves[index]:
+            raise NotProved("the file was changed while it was read", reason="changed")
+        return record
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,7 +336,7 @@ class RangeProof:
     left: tuple[bytes, ...]
     right: tuple[bytes, ...]
     note: Note
-    entries: tuple[EntryRecord, ...]
+    entries: Sequence[EntryRecord]
 
     def encode(self) -> bytes:
         """The file's bytes."""
@@ -268,27 +346,26 @@ class RangeProof:
         return "".join(parts).encode() + b"\n" + self.note.encode()
 
     @classmethod
-    def parse(cls, raw: bytes) -> RangeProof:
-        """From a file's bytes.
+    def read(cls, stream: BinaryIO) -> RangeProof:
+        """From a file that can be sought in and stays open: its records stay there, and are decoded
+        one by one whenever they are gone through.
 
         Raises:
             NotProved: it is no such proof.
         """
-        text = _text(raw, MAX_RANGE_BYTES)
-        head, _, rest = text.partition("\n\n")
-        lines = head.split("\n")
-        if len(lines) != 3 or lines[0] != RANGE:
-            raise _malformed("its head is not that of a range proof")
-        if not lines[1].startswith("start ") or not lines[2].startswith("count "):
-            raise _malformed("it must have `start` and `count`")
-        start = parse_size(lines[1].removeprefix("start "), "start")
-        left, rest = _block(rest)
-        right, rest = _block(rest)
-        entries, note = _block(rest)
-        records = tuple(map(_record, entries.split("\n") if entries else ()))
-        if parse_size(lines[2].removeprefix("count "), "count") != len(records):
+        lines = _Lines(stream, MAX_RANGE_BYTES)
+        if lines.next() != RANGE.encode():
+            raise _malformed("it does not begin as the proof of a range does")
+        start, count = (_number(_decoded(lines.next()), name) for name in ("start", "count"))
+        if lines.next():
+            raise _malformed("its head has more than three lines")
+        left, right = (_hashes(lines.part(MAX_PROOF_HASHES)) for _ in range(2))
+        offsets, begin = array("Q"), stream.tell() - lines.read
+        while line := lines.next():
+            offsets.append(begin + lines.read - len(line) - 1)
+        if len(offsets) != count:
             raise _malformed("it does not have as many entries as it says")
-        return cls(start, _hashes(left), _hashes(right), Note.parse(note.encode()), records)
+        return cls(start, left, right, lines.note(), _StoredRecords(stream, offsets))
 
     def verify(self, log: Sequence[VerifierKey], witnesses: Sequence[VerifierKey] = ()) -> Proved:
         """What it proves to who trusts these keys.
@@ -297,21 +374,16 @@ class RangeProof:
             NotProved: nothing; `facts["reason"]` says why.
         """
         checkpoint, cosignatures = _trusted(self.note, log, witnesses)
-        _check_origin(self.entries, checkpoint)
-        leaves = [leaf_hash(entry.leaf_data()) for entry in self.entries]
+        leaves = []
+        for entry in self.entries:
+            _check_origin([entry], checkpoint)
+            leaves.append(leaf_hash(entry.leaf_data()))
         root = root_from_range(self.start, checkpoint.size, leaves, self.left, self.right)
         _check_root(root, checkpoint)
-        return Proved(checkpoint, self.start + 1, self.entries, cosignatures)
-
-
-def _block(text: str) -> tuple[str, str]:
-    """The lines up to an empty one, and what follows it."""
-    if text.startswith("\n"):
-        return "", text[1:]
-    block, blank, rest = text.partition("\n\n")
-    if not blank:
-        raise _malformed("it ends too early")
-    return block, rest
+        entries = self.entries
+        if isinstance(entries, _StoredRecords):
+            entries = _StoredRecords(entries.stream, entries.offsets, leaves)
+        return Proved(checkpoint, self.start + 1, entries, cosignatures)
 
 
 @dataclass(frozen=True, slots=True)
@@ -333,12 +405,18 @@ class ConsistencyProof:
         Raises:
             NotProved: it is no such proof.
         """
-        head, blank, note = _text(raw, MAX_PROOF_BYTES).partition("\n\n")
-        first, _, lines = head.partition("\n")
-        if not blank or not first.startswith("old "):
-            raise _malformed("it does not begin with `old` and a size")
-        old = parse_size(first.removeprefix("old "), "old size")
-        return cls(old, _hashes(lines), Note.parse(note.encode()))
+        return cls.read(BytesIO(raw))
+
+    @classmethod
+    def read(cls, stream: BinaryIO) -> ConsistencyProof:
+        """From a file.
+
+        Raises:
+            NotProved: it is no such proof.
+        """
+        lines = _Lines(stream, MAX_PROOF_BYTES)
+        old = _number(_decoded(lines.next()), "old")
+        return cls(old, _hashes(lines.part(MAX_PROOF_HASHES)), lines.note())
 
     def verify(
         self, log: Sequence[VerifierKey], old: Note, witnesses: Sequence[VerifierKey] = ()
@@ -371,11 +449,23 @@ def parse_proof(raw: bytes) -> Proof:
     Raises:
         NotProved: it is none of them.
     """
-    first = raw[:64].partition(b"\n")[0]
+    proof = read_proof(BytesIO(raw))
+    return replace(proof, entries=tuple(proof.entries)) if isinstance(proof, RangeProof) else proof
+
+
+def read_proof(stream: BinaryIO) -> Proof:
+    """Any of the three kinds from a file, as its first line says; a range's records stay there.
+
+    Raises:
+        NotProved: it is none of them.
+    """
+    begin = stream.tell()
+    first = stream.read(64).partition(b"\n")[0]
+    stream.seek(begin)
     if first == INCLUSION.encode():
-        return InclusionProof.parse(raw)
+        return InclusionProof.read(stream)
     if first == RANGE.encode():
-        return RangeProof.parse(raw)
+        return RangeProof.read(stream)
     if first.startswith(b"old "):
-        return ConsistencyProof.parse(raw)
+        return ConsistencyProof.read(stream)
     raise _malformed("this is no proof that govledger knows")

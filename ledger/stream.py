@@ -239,6 +239,20 @@ async def read_head(server: Server, tenant: str) -> Head:
     return head
 
 
+async def read_incidents(server: Server, tenant: str, first: int, last: int) -> list[Incident]:
+    """The incidents of these numbers, from 1; a page of them, not all there may be.
+
+    Raises:
+        IndexBehind: the head was damaged.
+    """
+    names, key = [f"incident:{n}" for n in range(first, last + 1)], keys.head(tenant)
+    found = await server.command(key, "HMGET", key, *names)
+    try:
+        return [Incident.parse(raw or b"") for raw in found]
+    except ValueError:
+        raise _damaged_head(tenant) from None
+
+
 def headless(tenant: str) -> errors.IndexBehind:
     """The stream or the index is there and `governance:head` is not."""
     return errors.IndexBehind(
@@ -731,13 +745,7 @@ class Walk:
             await self._read_incidents_between(first, last)
 
     async def _read_incidents_between(self, first: int, last: int) -> None:
-        names = [f"incident:{n}" for n in range(first, last + 1)]
-        key = keys.head(self.tenant)
-        for raw in await self.server.command(key, "HMGET", key, *names):
-            try:
-                incident = Incident.parse(raw or b"")
-            except ValueError:
-                raise _damaged_head(self.tenant) from None
+        for incident in await read_incidents(self.server, self.tenant, first, last):
             self.incidents.append(incident)
             if incident.kind in ("foreign", "recreated"):
                 start = incident.first_id if incident.kind == "foreign" else "0-0"

@@ -12,14 +12,14 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from itertools import takewhile
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
 import orjson
 
 from ledger import keys
-from ledger.anchor import AnchorFile, Chain, checkpoints_of, goes_back, read_notes
+from ledger.anchor import AnchorFile, Chain, Followed, checkpoints_of, read_notes
 from ledger.errors import (
     InvalidInput,
     InvalidSetting,
@@ -31,9 +31,9 @@ from ledger.errors import (
 from ledger.leaf import leaf_hasher
 from ledger.ledger import Ledger
 from ledger.merkle import EMPTY_ROOT, TILE_WIDTH, TileTree, cover, range_hash
-from ledger.note import Checkpoint, Handover, Note, VerifierKey, signers
+from ledger.note import COSIGNATURE, Checkpoint, Handover, Note, VerifierKey, signers
 from ledger.server import Server
-from ledger.stream import raw_pages, read_head, split_id
+from ledger.stream import Incident, raw_pages, read_head, read_incidents, split_id
 from ledger.tiles import Tiles, partial_rows
 from ledger.witness import WitnessClient
 
@@ -45,6 +45,7 @@ _WINDOW: Final = 1000
 _MAX_COPIES: Final = 5000
 _OTHERS_SHOWN: Final = 10
 _ORIGIN_SHOWN: Final = 200
+_NO_RECORD: Final = "its own record of the stream was lost, and an imitation looks the same"
 _URLS: Final = ("http://", "https://")
 
 Progress = Callable[[int], None]
@@ -109,6 +110,8 @@ class _Anchored:
     sizes: Callable[[], Iterator[tuple[Checkpoint, Note]]]
     last: Checkpoint
     note: Note
+    torn: bool
+    """Behind `last` a note is cut off."""
 
 
 def read_anchor(anchor: str | Path, origin: str, trusted: Sequence[VerifierKey]) -> _Anchored:
@@ -119,12 +122,14 @@ def read_anchor(anchor: str | Path, origin: str, trusted: Sequence[VerifierKey])
         InvalidSetting: there is no such file or directory.
         NotProved: there is no valid checkpoint of this log; the reason says why.
         WitnessUnavailable: the witness does not answer.
+        InvalidInput: it is a pipe or a device.
     """
+    chain = Chain(origin, tuple(trusted))
     text = str(anchor)
     if text.startswith(_URLS):
         found = WitnessClient(trusted[0], text).latest(origin)
         notes = [found] if found else []
-        return _anchored(Chain(origin, tuple(trusted)), text, lambda: iter(notes))
+        return _anchored(chain, text, Followed(found, len(notes)), lambda: iter(notes))
     path = Path(text)
     if not path.exists():
         raise InvalidSetting(
@@ -133,37 +138,29 @@ def read_anchor(anchor: str | Path, origin: str, trusted: Sequence[VerifierKey])
             "and see that its disk is mounted",
         )
     file = AnchorFile(path, origin) if path.is_dir() else AnchorFile.at(path)
-
-    def read() -> Iterator[Note]:
-        if not file.path.exists():
-            return
-        with file.path.open("rb") as stream:
-            yield from read_notes(stream, file.path.name)
-
-    with file.held_still():
-        return _anchored(file.chain(origin, trusted), text, read)
+    with file.held_still() as stream:
+        followed = chain.follow(read_notes(stream, file.path.name))
+    return _anchored(chain, text, followed, file.notes)
 
 
-def _anchored(chain: Chain, source: str, read: Callable[[], Iterator[Note]]) -> _Anchored:
-    last, before = None, 0
-    for last in read():  # the last one is wanted; `sizes` verifies the others
-        at = Handover.parse(last).at if Handover.is_one(last) else Checkpoint.parse(last.text)
-        if at.size < before:
-            raise goes_back(before, at.size)
-        before = at.size
+def _anchored(
+    chain: Chain, source: str, followed: Followed, read: Callable[[], Iterator[Note]]
+) -> _Anchored:
+    """The chain is complete: whatever `read` gives later is verified by it, and adds nothing."""
+    last, seen, torn = followed
     if last is None:
         raise NotProved(
             f"the anchor {source} has no checkpoint of the log {chain.origin}", reason="no-anchor"
         )
-    at = Handover.parse(last).at if Handover.is_one(last) else chain.verified(last)
+    at = chain.verified(last)
     if at.size == 0:
         raise NotProved(f"the anchor {source} has an empty log's checkpoint", reason="no-anchor")
 
     def sizes() -> Iterator[tuple[Checkpoint, Note]]:
         # A sealer may be at work: what comes behind the last one is another verification's.
-        return takewhile(lambda one: one[0].size <= at.size, checkpoints_of(read(), chain))
+        return islice(checkpoints_of(read(), chain), seen)
 
-    return _Anchored(chain, source, sizes, at, last)
+    return _Anchored(chain, source, sizes, at, last, torn)
 
 
 # -- verify ------------------------------------------------------------------------------------
@@ -193,9 +190,10 @@ async def verify(
 
     Raises:
         Unavailable: the ledger or a witness cannot be asked.
-        InvalidInput: the key is no log's, or there is no such anchor.
+        InvalidInput: the key is no log's, a witness's is none, or there is no such anchor.
     """
     log_key = key.for_log(tenant)
+    witnesses = [one.of_kind(COSIGNATURE) for one in witnesses]
     if str(anchor).startswith(_URLS) and not witnesses:
         raise InvalidInput(
             f"anchor: {anchor} could be anybody: the witness's key is missing",
@@ -209,6 +207,11 @@ async def verify(
         found.found(str(error.facts["reason"]), error.message)
         found.not_proved.append("anything: there is no checkpoint to compare with")
         return found
+    if anchored.torn:
+        found.not_proved.append(
+            "what stands behind the anchor's last checkpoint: it is cut off, and the sealer "
+            "finishes it if it was writing when it was stopped"
+        )
     found.sealed, found.root = anchored.last.size, anchored.last.root
     _check_witnesses(found, anchored.note, witnesses)
     try:
@@ -219,6 +222,7 @@ async def verify(
             found.proved = anchor is not None
             await run.check_tiles()
             run.check_ends()
+            await run.find_imitations()
     except NotProved as error:
         found.found(str(error.facts["reason"]), error.message)
     except (TypeError, ValueError, LookupError, AttributeError) as error:
@@ -237,7 +241,8 @@ async def _anchor_of(
         return await asyncio.to_thread(read_anchor, anchor, key.name, [key])
     notes = [note async for note in _copies(server, found.tenant, key.name)]
     notes.sort(key=lambda note: Checkpoint.parse(note.text).size)
-    return _anchored(Chain(key.name, (key,)), "Redis", lambda: iter(notes))
+    followed = Followed(notes[-1] if notes else None, len(notes))
+    return _anchored(Chain(key.name, (key,)), "Redis", followed, lambda: iter(notes))
 
 
 async def latest_checkpoint(
@@ -252,8 +257,14 @@ async def latest_checkpoint(
     anchored = await _anchor_of(server, found, log_key, anchor)
     if not Handover.is_one(anchored.note):
         return anchored.last, anchored.note
-    *_, (checkpoint, note) = (one for one in anchored.sizes() if not Handover.is_one(one[1]))
-    return checkpoint, note
+    last = None
+    for checkpoint, note in anchored.sizes():
+        last = last if Handover.is_one(note) else (checkpoint, note)
+    if last is None:
+        raise NotProved(
+            f"the anchor {anchored.source} has a hand-over and no checkpoint", reason="no-anchor"
+        )
+    return last
 
 
 def _check_witnesses(found: Verification, note: Note, witnesses: Sequence[VerifierKey]) -> None:
@@ -277,7 +288,8 @@ def _say_what_is_not_proved(found: Verification) -> None:
         ]
     if found.proved and unsealed > 0:
         found.not_proved.append(
-            f"seq {found.sealed + 1} to {found.entries}: recorded, and not sealed yet"
+            f"seq {found.sealed + 1} to {found.entries}: recorded, and not covered by the anchor's "
+            "last checkpoint"
         )
 
 
@@ -296,8 +308,8 @@ class _Run:
         self.hashed = hashed
         self.tiles = Tiles(server, found.tenant, found.origin)
         self._on_progress = on_progress
-        self._foreign: list[int] = []
-        self._foreign_count = 0
+        self._foreign: dict[bool, set[int]] = {True: set(), False: set()}  # sealed, not sealed
+        self._last_id = b"0-0"
         self._damaged: int | None = None
         self._good: Checkpoint | None = None
         self._head_seq = 0
@@ -318,6 +330,7 @@ class _Run:
         async with aclosing(raw_pages(self.server, self.tenant)) as pages:
             async for page in pages:
                 leaves = [self.hashed(raw_id, fields) for raw_id, fields in page]
+                self._last_id = page[-1][0]
                 self._note_foreign(page)
                 while wanted and wanted[0].size <= self._tree.size + len(leaves):
                     if not self._matches(wanted[0], leaves):
@@ -331,6 +344,12 @@ class _Run:
                 if self._on_progress:
                     self._on_progress(len(page))
         if wanted is None:
+            if self._good != anchored.last:
+                raise NotProved(
+                    "the anchor was changed while it was read: it has not the checkpoint any more "
+                    "that it ended with",
+                    reason="anchor-changed",
+                )
             return True
         await self._cut_off(anchored)
         return False
@@ -406,18 +425,57 @@ class _Run:
             return
         for seq, (raw_id, fields) in enumerate(page, first):
             if fields[::2] != list(_OWN_NAMES) or split_id(raw_id)[1] != seq:
-                self._foreign_count += 1
-                if len(self._foreign) < _SHOWN:
-                    self._foreign.append(seq)
+                self._add_foreign(seq, seq)
+
+    def _add_foreign(self, first: int, last: int) -> None:
+        """Ordinals that others have taken; of very many sealed and unsealed ones the first."""
+        sealed = self.found.sealed
+        for is_sealed, some in (
+            (True, range(first, min(last, sealed) + 1)),
+            (False, range(max(first, sealed + 1), last + 1)),
+        ):
+            room = _SHOWN - len(self._foreign[is_sealed])
+            self._foreign[is_sealed].update(some[: max(room, 0)])
+
+    async def find_imitations(self) -> None:
+        """Foreign entries that look like ours, which only the append function's own record tells:
+        it registers what it did not write, and what lies behind its last entry is not its own.
+        """
+        try:
+            head = await read_head(self.server, self.tenant)  # anew: it covers all that was read
+            for first in range(1, head.incidents + 1, _WINDOW):
+                last = min(first + _WINDOW - 1, head.incidents)
+                for one in await read_incidents(self.server, self.tenant, first, last):
+                    self._note_incident(one)
+        except Unavailable:
+            raise
+        except LedgerError as error:
+            self._head_damaged(error)
+            self.found.not_proved.append(f"that govledger's append wrote each entry: {_NO_RECORD}")
+            return
+        behind, end = 0, split_id(self._last_id)
+        if split_id(head.entry_id) < end:
+            after = raw_pages(self.server, self.tenant, after_id=head.entry_id)
+            async with aclosing(after) as pages:
+                async for page in pages:
+                    behind += sum(split_id(raw_id) <= end for raw_id, _ in page)
+        self._add_foreign(self.found.entries - behind + 1, self.found.entries)
+
+    def _note_incident(self, incident: Incident) -> None:
+        if incident.kind == "foreign":
+            self._add_foreign(incident.seq, min(incident.last_seq, self.found.entries))
+        elif incident.kind == "headless":
+            self.found.not_proved.append(
+                f"that govledger's append wrote each entry up to seq {incident.seq}: {_NO_RECORD}"
+            )
 
     def report_foreign(self, *, allowed: bool) -> None:
         """Entries that the append function did not write, where the rest is proved."""
         if not self.found.proved:
             return
-        for seq in self._foreign:
-            sealed = seq <= self.found.sealed
-            if not (allowed and sealed):
-                how = "is sealed like the others" if sealed else "is not sealed"
+        for is_sealed in (False,) if allowed else (True, False):
+            how = "is sealed like the others" if is_sealed else "is not sealed"
+            for seq in sorted(self._foreign[is_sealed]):
                 self.found.found(
                     "foreign-entry",
                     f"seq {seq} was not written by govledger's append; it {how}, and the proof of "
@@ -566,6 +624,10 @@ class _Run:
         except Unavailable:
             raise
         except LedgerError as error:
+            self._head_damaged(error)
+
+    def _head_damaged(self, error: LedgerError) -> None:
+        if all(one.reason != "head-damaged" for one in self.found.findings):
             self.found.found("head-damaged", error.message)
 
     def check_ends(self) -> None:

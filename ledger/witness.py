@@ -12,8 +12,6 @@ import http.client
 import os
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from http import HTTPStatus
 from pathlib import Path
@@ -29,6 +27,7 @@ from ledger.errors import (
     ServerInUse,
     WitnessUnavailable,
 )
+from ledger.fetch import fetch
 from ledger.merkle import EMPTY_ROOT, check_consistency
 from ledger.note import (
     COSIGNATURE,
@@ -74,13 +73,12 @@ class Witness:
         """`logs`: keys of logs, or of deployments, for all of whose tenants' logs they count.
 
         Raises:
+            InvalidInput: one of `logs` is a witness's key.
             InvalidSetting: there is no such directory.
             ServerInUse: another witness has it.
         """
-        if any(one.kind != ED25519 for one in logs):
-            raise InvalidInput("log: a witness's key is no log's")
         self._key = key
-        self._logs = tuple(logs)
+        self._logs = tuple(one.of_kind(ED25519) for one in logs)
         self._directory = directory
         self._one = threading.Lock()
         if not directory.is_dir():
@@ -151,7 +149,12 @@ class Witness:
         except NotProved as error:
             return _refusal(HTTPStatus.UNPROCESSABLE_ENTITY, error.message)
         cosignature = self._key.cosign(asked.note.text, int(time.time()))
-        _replace(self._file(name), Note(asked.note.text, (*by_log, cosignature)).encode())
+        kept = Note(asked.note.text, (*by_log, cosignature)).encode()
+        try:
+            Note.parse(kept)  # what could not be read again would end the log here
+        except NotProved as error:
+            return _refusal(HTTPStatus.BAD_REQUEST, f"with its cosignature: {error.message}")
+        _replace(self._file(name), kept)
         return Answer(HTTPStatus.OK, cosignature.line().encode())
 
     def _file(self, name: str) -> Path:
@@ -212,10 +215,7 @@ class WitnessClient:
             raise InvalidInput(
                 f"witness: {text[:200]!r} is no witness", hint="write VKEY@https://host/prefix"
             )
-        found = VerifierKey.parse(key)
-        if found.kind != COSIGNATURE:
-            raise InvalidInput(f"witness: {key} is a log's key, not a witness's")
-        return cls(found, url)
+        return cls(VerifierKey.parse(key).of_kind(COSIGNATURE), url)
 
     def add(self, proof: ConsistencyProof) -> Signature:
         """The witness's cosignature; blocks.
@@ -241,9 +241,10 @@ class WitnessClient:
         return self._cosignature(proof.note, body)
 
     def _cosignature(self, note: Note, body: bytes) -> Signature:
+        lines = body.decode(errors="replace").removesuffix("\n").split("\n")
         try:
-            whole = Note.parse(note.encode() + body)
-            ((_, signature), *_) = signers(whole, [self.key])
+            cosigned = Note(note.text, tuple(map(Signature.parse, lines)))
+            ((_, signature), *_) = signers(cosigned, [self.key])
         except NotProved as error:
             raise self._unavailable(error.message) from None
         return signature
@@ -259,17 +260,16 @@ class WitnessClient:
         return None if status == HTTPStatus.NOT_FOUND else Note.parse(body)
 
     def _ask(self, path: str, body: bytes | None) -> tuple[int, bytes]:
-        request = urllib.request.Request(self.url + path, data=body)  # noqa: S310 - http(s) by parse
+
         try:
-            with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as reply:  # noqa: S310
-                return reply.status, reply.read(MAX_REQUEST_BYTES)
-        except urllib.error.HTTPError as error:
-            with error:
-                if error.code >= HTTPStatus.INTERNAL_SERVER_ERROR:
-                    raise self._unavailable(f"it answers {error.code}") from None
-                return error.code, error.read(MAX_REQUEST_BYTES)
+            status, answer = fetch(
+                self.url + path, body, timeout_s=_TIMEOUT_S, max_bytes=MAX_REQUEST_BYTES
+            )
         except (OSError, ValueError, http.client.HTTPException) as error:
             raise self._unavailable(str(error)) from None
+        if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+            raise self._unavailable(f"it answers {status}")
+        return status, answer
 
     def _unavailable(self, why: str) -> WitnessUnavailable:
         return WitnessUnavailable(f"witness {self.key.name} at {self.url}: {why}")

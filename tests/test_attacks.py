@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import random
+from contextlib import closing
 
 import pytest
 
 from ledger import keys
-from ledger.errors import NotProved
-from ledger.merkle import EMPTY_ROOT
+from ledger.errors import InvalidInput, NotProved
+from ledger.leaf import leaf_hasher
+from ledger.merkle import EMPTY_ROOT, TileTree
 from ledger.note import Checkpoint, Handover, Note, SigningKey
 from ledger.prove import prove
+from ledger.service.witness_server import WitnessServer
 from ledger.verify import verify
+from ledger.witness import Witness, log_path
 from tests.evidence import DEPLOYMENT, flip, sealed_case, signed
 from tests.servers import new_tenant
 
@@ -165,7 +169,9 @@ async def test_entries_behind_the_seal_are_said_not_to_be_proved(case):
     await case.append(13, 14)
     found = await case.verify()
     assert found.ok
-    assert found.not_proved == ["seq 13 to 14: recorded, and not sealed yet"]
+    assert found.not_proved == [
+        "seq 13 to 14: recorded, and not covered by the anchor's last checkpoint"
+    ]
 
 
 async def test_foreign_entry_is_named_and_the_others_stay_proved(case):
@@ -180,6 +186,44 @@ async def test_foreign_entry_is_named_and_the_others_stay_proved(case):
     assert found.proved
     assert [(one.reason, one.seq) for one in found.findings] == [("foreign-entry", 13)]
     assert (await case.verify(allow_foreign=True)).ok
+
+
+async def test_imitation_of_an_entry_is_named(case):
+    """A raw XADD in our own shape, under the next ordinal, is told by the append function's own
+    record: before it is registered, after that, and when it is sealed.
+    """
+    last_id, fields = case.entries()[-1]
+    forged = [*fields[:3], b"d-evil", fields[4], fields[5].replace(b"d-12", b"d-evil")]
+    time_ms = int(last_id.split(b"-")[0])
+    case.client.execute_command("XADD", case.stream, f"{time_ms + 1}-13", *forged)
+    for then in (None, case.append(14, 14), case.sealer().seal(case.tenant)):
+        if then:
+            await then
+        found = await case.verify()
+        assert found.proved
+        assert [(one.reason, one.seq) for one in found.findings] == [("foreign-entry", 13)]
+    assert (await case.verify(allow_foreign=True)).ok
+    case.client.delete(case.head)
+    found = await case.verify()
+    assert [one.reason for one in found.findings] == ["head-damaged"]
+    assert found.not_proved[0].startswith("that govledger's append wrote each entry")
+    await case.ledger.reindex(case.tenant)  # which has to believe that it is ours
+    found = await case.verify()
+    assert found.ok
+    assert found.not_proved[0].startswith("that govledger's append wrote each entry up to seq 14")
+
+
+async def test_unsealed_foreign_entry_is_named_behind_many_that_are_allowed(case):
+    """Sealed foreign entries that are allowed, however many, hide none that is not sealed."""
+    pipe = case.client.pipeline()
+    for _ in range(120):
+        pipe.xadd(case.stream, {"x": "y"})
+    pipe.execute()
+    await case.append(13, 13)
+    await case.sealer().seal(case.tenant)
+    case.client.xadd(case.stream, {"x": "y"})
+    found = await case.verify(allow_foreign=True)
+    assert [(one.reason, one.seq) for one in found.findings] == [("foreign-entry", 134)]
 
 
 @pytest.mark.parametrize("by", ["a stolen key", "a key of the attacker's"])
@@ -347,7 +391,7 @@ ANCHOR_ATTACKS = {
     "checkpoints that go back": (goes_back, {"anchor-goes-back"}),
     "a hand-over between strangers": (forged_handover, {"wrong-key"}),
     "a hand-over that the true key did not sign": (stolen_name_handover, {"unsigned"}),
-    "cut off": (lambda c: c.file.write_bytes(c.file.read_bytes()[:-30]), {"torn"}),
+    "cut off in its first note": (lambda c: c.file.write_bytes(c.file.read_bytes()[:99]), {"torn"}),
     "empty": (lambda c: c.file.write_bytes(b""), {"no-anchor"}),
     "gone": (lambda c: c.file.unlink(), {"no-anchor"}),
     "binary": (lambda c: c.file.write_bytes(bytes(range(256)) * 9), {"malformed", "torn"}),
@@ -364,6 +408,86 @@ async def test_changed_anchor_proves_nothing(case, name):
     found = await case.verify()
     assert not found.proved
     assert found.findings[0].reason in reasons, found.findings
+
+
+def rewritten_and_handed_over(case):
+    """Everything in Redis made to fit a changed entry, and a hand-over between two keys of the
+    attacker's that states its root.
+    """
+    case.edit(3, data_byte)
+    case.client.delete(case.tiles, case.copies)
+    tree, hashed = TileTree(), leaf_hasher(case.origin)
+    tree.extend([hashed(*entry) for entry in case.entries()])
+    at = Checkpoint(case.origin, tree.size, tree.root())
+    return Handover.signed(at, MALLORY, SigningKey.generate(DEPLOYMENT))
+
+
+@pytest.mark.parametrize("colludes", [True, False])
+async def test_witness_cannot_hand_a_log_over(case, tmp_path, colludes):
+    """A hand-over that a witness, or who sits in between, makes up and cosigns proves nothing."""
+    forged, cosigner = rewritten_and_handed_over(case), SigningKey.generate("w.example/w1")
+    if colludes:
+        forged = forged.with_signatures([cosigner.cosign(forged.text, 1)])
+    shown = log_path(case.origin).strip("/").replace("/", ".")
+    (tmp_path / shown).write_bytes(forged.encode())
+    witness = Witness(cosigner, [case.key.verifier()], tmp_path)
+    with closing(witness), WitnessServer(("127.0.0.1", 0), witness) as server:
+        serving = asyncio.ensure_future(asyncio.to_thread(server.serve_forever, 0.01))
+        found = await case.verify(anchor=server.url, witnesses=[witness.verifier])
+        server.shutdown()
+        await serving
+    assert not found.proved
+    assert [one.reason for one in found.findings] == ["wrong-key"]
+
+
+@pytest.mark.parametrize(
+    ("later", "reason"), [("hand-over", "wrong-key"), ("nothing", "anchor-changed")]
+)
+async def test_anchor_that_changes_while_it_is_read_proves_nothing(
+    case, monkeypatch, later, reason
+):
+    """Keys come from the first reading of an anchor: a file put there later adds none."""
+    forged = rewritten_and_handed_over(case).encode() + b"\n" if later == "hand-over" else b""
+    real = case.ledger.server.command
+
+    async def slow(key, *args):
+        if key == case.copies:  # behind the first reading, before the comparison
+            case.file.write_bytes(forged)
+        return await real(key, *args)
+
+    monkeypatch.setattr(case.ledger.server, "command", slow)
+    found = await case.verify()
+    assert not found.proved
+    assert [one.reason for one in found.findings] == [reason]
+
+
+async def test_cut_off_anchor_proves_what_is_whole(case):
+    """A checkpoint that a crash tore proves nothing; the one before it does, and it is said."""
+    case.file.write_bytes(case.file.read_bytes()[:-30])
+    found = await case.verify()
+    assert found.ok
+    assert found.sealed == 5
+    assert found.not_proved[0].startswith("what stands behind the anchor's last checkpoint")
+    await case.sealer().seal(case.tenant)
+    found = await case.verify()
+    assert (found.sealed, found.not_proved) == (12, [])
+
+
+async def test_keys_of_the_two_kinds_are_told_apart(case):
+    """The log's key is not taken for a witness of it."""
+    with pytest.raises(InvalidInput, match="a witness's is asked for"):
+        await case.verify(witnesses=[case.key.verifier(case.origin)])
+
+
+async def test_anchor_of_a_hand_over_alone_makes_no_proof(case, tmp_path):
+    """A hand-over states a root, and what a proof needs is a checkpoint: that is said."""
+    kept = tmp_path / "kept"
+    at = Checkpoint.parse(last_note(case).text)
+    kept.write_bytes(Handover.signed(at, case.key, MALLORY).encode() + b"\n")
+    assert (await case.verify(anchor=kept)).ok
+    with pytest.raises(NotProved) as caught:
+        await prove(case.ledger, case.tenant, "d-4", key=case.key.verifier(), anchor=kept)
+    assert caught.value.facts["reason"] == "no-anchor"
 
 
 def tile_flipped(case):

@@ -7,9 +7,12 @@ import subprocess
 from datetime import UTC, datetime
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ledger import keys
 from ledger.service.commands_evidence import app
+from ledger.service.fields import field_json, field_line
 from tests.commands import GOVLEDGER, environment, run
 from tests.evidence import flip
 
@@ -127,7 +130,7 @@ def test_ranges_prove_completeness(owner, tmp_path):
     assert done.code == 0, done.err
     shown = run(None, "verify-proof", all_of_them, "--key", owner.key, "--json").lines[0]
     assert len(shown["entries"]) == 20
-    assert all(one["fields"][2][1].startswith("withheld") for one in shown["entries"])
+    assert all(set(one["fields"][2]) == {"name", "sha256"} for one in shown["entries"])
     for wrong, code in (("9..5", 2), ("0..3", 2), ("x..y", 2), ("7", 2), ("9" * 30 + "..", 2)):
         done = owner.run("prove", owner.tenant, "--range", wrong, "-o", tmp_path / "new")
         assert done.code == code, wrong
@@ -139,6 +142,54 @@ def test_ranges_prove_completeness(owner, tmp_path):
         assert done.code == code, asked
     done = owner.run("prove", owner.tenant, "d-1", "-o", owner.key_file)
     assert (done.code, "exists" in done.err) == (4, True)
+
+
+FIELDS = [
+    (b"raw", b"\xff", False, r"raw (bytes): b'\xff'", {"name": "raw", "value_base64": "/w=="}),
+    (b"raw", rb"\xff", False, r"raw: \xff", {"name": "raw", "value": r"\xff"}),
+    (b"x", b"y\n  z: 1", False, r"x (quoted): 'y\n  z: 1'", {"name": "x", "value": "y\n  z: 1"}),
+    (b"a: b", b"c", False, "b'a: b': c", {"name": "a: b", "value": "c"}),
+    (b"\xfd", b"", False, r"b'\xfd': ", {"name_base64": "/Q==", "value": ""}),
+    (b"data", b"\0", True, "data (withheld, SHA-256): 00", {"name": "data", "sha256": "00"}),
+    (
+        b"data",
+        b"withheld, SHA-256 00",
+        False,
+        "data: withheld, SHA-256 00",
+        {"name": "data", "value": "withheld, SHA-256 00"},
+    ),
+    (
+        b"data (withheld, SHA-256)",
+        b"00",
+        False,
+        "b'data (withheld, SHA-256)': 00",
+        {"name": "data (withheld, SHA-256)", "value": "00"},
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "withheld", "line", "shown"), FIELDS)
+def test_fields_are_shown_as_what_they_are(name, value, withheld, line, shown):
+    """Bytes, text that spells them, new lines, and what is withheld have forms of their own."""
+    assert field_line(name, value, withheld=withheld) == line
+    assert field_json(name, value, withheld=withheld) == shown
+
+
+FIELD = st.tuples(
+    st.binary(max_size=9) | st.text("a':b\\x0 ()", max_size=9).map(str.encode),
+    st.binary(max_size=9) | st.text("a':b\\x0 \n", max_size=9).map(str.encode),
+    st.booleans(),
+)
+
+
+@given(FIELD, FIELD)
+def test_fields_that_differ_never_look_alike(one, other):
+    """No two fields have one line or one object, and a line is one line."""
+    lines = {field_line(name, value, withheld=withheld) for name, value, withheld in (one, other)}
+    objects = [field_json(name, value, withheld=withheld) for name, value, withheld in (one, other)]
+    assert len(lines) == len({one, other})
+    assert (objects[0] == objects[1]) == (one == other)
+    assert all(line.isprintable() for line in lines)
 
 
 def test_a_checkpoint_continues_an_earlier_one(owner, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,8 +24,19 @@ from ledger.merkle import (
     perfect_root,
     range_hash,
 )
-from ledger.note import Checkpoint, Handover, Note, SigningKey, VerifierKey, origin_of, signers
-from ledger.proof import ConsistencyProof, InclusionProof, RangeProof, parse_proof
+from ledger.note import (
+    COSIGNATURE,
+    Checkpoint,
+    Handover,
+    Note,
+    SigningKey,
+    VerifierKey,
+    b64,
+    origin_of,
+    signers,
+)
+from ledger.proof import ConsistencyProof, InclusionProof, RangeProof, parse_proof, read_proof
+from ledger.regular import open_regular
 from ledger.settings import load_settings
 from ledger.verify import read_anchor
 from tests.evidence import flip
@@ -339,6 +351,47 @@ def test_proof_longer_than_the_tree_is_refused():
             parse_proof(longer.encode()).verify([KEY.verifier()])
 
 
+def test_a_range_is_read_from_its_file_record_by_record(tmp_path):
+    """A range's records stay in the file: what is given later is what was verified, or an error."""
+    raw = b"before" + proofs()["range"].encode()
+    path = tmp_path / "r"
+    path.write_bytes(raw)
+    with path.open("r+b", buffering=0) as writing, path.open("rb") as stream:
+        stream.seek(len(b"before"))
+        proved = read_proof(stream).verify([KEY.verifier()])
+        assert list(proved.entries) == list(proved.entries[:]) == RECORDS[2:5]
+        assert list(proved.entries[1:]) == RECORDS[3:5]
+        other = b64(RECORDS[6].encode()).encode()
+        writing.seek(raw.index(b64(RECORDS[3].encode()).encode()))
+        writing.write(other)
+        stream.seek(0)
+        assert stream.read(1) == b"b"
+        assert proved.entries[2] == RECORDS[4]
+        with pytest.raises(NotProved, match="changed while"):
+            list(proved.entries)
+
+
+def test_proof_without_its_entry_is_read_and_proves_nothing_alone():
+    """`extra` is optional in a tlog-proof: others' files are read, and what is missing is said."""
+    proof = proofs()["inclusion"]
+    bare = replace(proof, entry=None)
+    again = parse_proof(bare.encode())
+    assert again == bare
+    with pytest.raises(NotProved, match="no `extra`"):
+        again.verify([KEY.verifier()])
+    assert replace(again, entry=proof.entry).verify([KEY.verifier()]).first_seq == 3
+
+
+@pytest.mark.parametrize("first", [b"\0", b"x", b"c2sp.org/tlog-proof@v2\n"])
+def test_a_file_of_another_kind_is_not_read_on(tmp_path, first):
+    """The first line decides: of a huge file of something else no more than that is read."""
+    path = tmp_path / "huge"
+    path.write_bytes(first)
+    os.truncate(path, 1 << 40)
+    with path.open("rb") as stream, pytest.raises(NotProved, match="no proof that"):
+        read_proof(stream)
+
+
 def test_huge_numbers_in_a_record_are_refused():
     """A record that says it has 4 GiB, or billions of fields, costs nothing."""
     raw = RECORDS[0].encode()
@@ -356,6 +409,28 @@ def test_other_logs_keys_do_not_count():
             proof.verify([key])
     with pytest.raises(NotProved):
         proof.verify([SigningKey.generate("acme.example/prod").verifier()])
+
+
+@pytest.mark.parametrize("kind", ["inclusion", "range"])
+def test_keys_of_the_two_kinds_do_not_stand_in_for_each_other(kind):
+    """A log's key is no witness, and a witness's signs no log: refused, not ignored."""
+    proof, log = proofs()[kind], KEY.verifier(ORIGIN)
+    with pytest.raises(InvalidInput, match="a log's, and a witness's"):
+        proof.verify([log], [log])
+    with pytest.raises(InvalidInput, match="a witness's, and a log's"):
+        proof.verify([log, KEY.verifier(ORIGIN, COSIGNATURE)])
+
+
+def test_signers_name_each_key_once():
+    """A signature line that is repeated, or a second cosignature, makes no second signer."""
+    note = checkpoint(3)
+    witness = SigningKey.generate("w.example/w1")
+    many = (*note.signatures * 40, *(witness.cosign(note.text, at) for at in range(50)))
+    found = signers(Note(note.text, many), [KEY.verifier(ORIGIN), witness.verifier(None, 4)])
+    assert [(key.name, one.raw) for key, one in found] == [
+        (ORIGIN, note.signatures[0].raw),
+        ("w.example/w1", many[40].raw),
+    ]
 
 
 def test_entry_of_another_log_is_refused():
@@ -404,7 +479,7 @@ def test_torn_tail_is_overwritten_by_the_next(cut):
     with tempfile.TemporaryDirectory() as folder:
         anchor = AnchorFile(Path(folder), ORIGIN)
         first, second = (checkpoint(size).encode() + b"\n" for size in (3, 7))
-        anchor.path.write_bytes(first + second[: min(cut, len(second) - 1)])
+        anchor.path.write_bytes(first + second[: min(cut, len(second) - 2)])
         with anchor.locked() as stream:
             tail = anchor.tail(stream)
             assert tail.last == Note.parse(first[:-1])
@@ -413,16 +488,83 @@ def test_torn_tail_is_overwritten_by_the_next(cut):
         assert anchor.path.read_bytes() == first + second
 
 
-@given(st.data())
-def test_no_flipped_bit_of_an_anchor_is_accepted(data):
-    """Any flipped bit of an anchor file of two checkpoints makes it prove nothing."""
-    raw = b"".join(checkpoint(size).encode() + b"\n" for size in (3, 7))
-    at, bit = data.draw(st.integers(0, len(raw) - 1)), data.draw(st.integers(0, 7))
+def handed_over(signers=2):
+    at = Checkpoint.parse(checkpoint(7).text)
+    note = Handover.signed(at, KEY, SigningKey.generate(KEY.name))
+    return Note(note.text, note.signatures[:signers]).encode() + b"\n"
+
+
+@pytest.mark.parametrize("last", [lambda: checkpoint(7).encode() + b"\n", handed_over])
+def test_last_note_without_its_empty_line_is_whole(tmp_path, last):
+    """Who reads an anchor and who writes on agree that only the empty line is missing."""
+    anchor = AnchorFile(tmp_path, ORIGIN)
+    first, second, third = checkpoint(3).encode() + b"\n", last(), checkpoint(7)
+    anchor.path.write_bytes((first + second)[:-1])
+    assert [note.encode() + b"\n" for note in anchor.notes()] == [first, second]
+    with anchor.locked() as stream:
+        tail = anchor.tail(stream)
+        assert (tail.last.encode() + b"\n", tail.torn) == (second, None)
+        anchor.append(stream, tail, third)
+    assert anchor.path.read_bytes() == first + second + third.encode() + b"\n"
+
+
+def test_hand_over_that_lost_its_second_signature_is_torn(tmp_path):
+    """A crash between a hand-over's two signatures leaves no hand-over, for reader and writer."""
+    anchor = AnchorFile(tmp_path, ORIGIN)
+    first = checkpoint(3).encode() + b"\n"
+    anchor.path.write_bytes(first + handed_over(1)[:-1])
+    assert [note.encode() + b"\n" for note in anchor.notes()] == [first]
+    with anchor.locked() as stream:
+        assert anchor.tail(stream).last == Note.parse(first[:-1])
+        assert anchor.tail(stream).whole_bytes == len(first)
+
+
+def read_as_anchor(raw):
+    """What a file of these bytes proves: (sizes, whether more is cut off)."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kept.checkpoints"
         path.write_bytes(raw)
-        key = KEY.verifier(ORIGIN)
-        assert [one.size for one, _ in read_anchor(path, ORIGIN, [key]).sizes()] == [3, 7]
-        path.write_bytes(flip(raw, at, bit))
+        anchored = read_anchor(path, ORIGIN, [KEY.verifier(ORIGIN)])
+        return [one.size for one, _ in anchored.sizes()], anchored.torn
+
+
+@given(st.data())
+def test_no_flipped_bit_of_an_anchor_is_accepted(data):
+    """Any flipped bit of an anchor file makes it prove nothing, or, where it looks like an end that
+    a crash tore, no more than what is before that, and it says so.
+    """
+    raw = b"".join(checkpoint(size).encode() + b"\n" for size in (3, 7))
+    at, bit = data.draw(st.integers(0, len(raw) - 1)), data.draw(st.integers(0, 7))
+    assert read_as_anchor(raw) == ([3, 7], False)
+    try:
+        assert read_as_anchor(flip(raw, at, bit)) == ([3], True)
+        assert at > len(raw) // 2
+    except NotProved:
+        pass
+
+
+def test_only_files_are_read(tmp_path):
+    """A pipe, which would hold its reader for ever, and a device without an end are refused."""
+    os.mkfifo(pipe := tmp_path / "pipe", 0o600)
+    for read in (open_regular, read_key, lambda path: read_anchor(path, ORIGIN, [])):
+        for path in (pipe, Path("/dev/zero")):
+            with pytest.raises(InvalidInput, match="a pipe or a device"):
+                read(path)
+    endless = AnchorFile(tmp_path, ORIGIN)
+    endless.path.write_bytes(b"x" * 200_000)
+    with pytest.raises(NotProved, match="too l"):
+        endless.chain(ORIGIN, [])
+
+
+@given(st.integers(0, 600))
+def test_anchor_cut_anywhere_proves_what_is_whole(cut):
+    """A file cut off at any byte proves the notes before the cut, or nothing if there is none."""
+    first, both = checkpoint(3).encode(), checkpoint(3).encode() + b"\n" + checkpoint(7).encode()
+    raw = both[:cut]
+    if len(raw) < len(first):
         with pytest.raises(NotProved):
-            list(read_anchor(path, ORIGIN, [key]).sizes())
+            read_as_anchor(raw)
+    elif len(raw) == len(both):
+        assert read_as_anchor(raw) == ([3, 7], False)
+    else:
+        assert read_as_anchor(raw) == ([3], len(raw) > len(first) + 1)

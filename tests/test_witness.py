@@ -4,21 +4,34 @@ from __future__ import annotations
 
 import base64
 import http.client
+import logging.handlers
+import queue
 import socket
+import struct
 import threading
+from contextlib import contextmanager, suppress
 from http import HTTPStatus
 from urllib.parse import urlsplit
 
 import pytest
 
 from ledger.errors import InvalidInput, ServerInUse, WitnessUnavailable
+from ledger.fetch import fetch
 from ledger.merkle import consistency_ranges, leaf_hash, perfect_root, range_hash
-from ledger.note import Checkpoint, Note, SigningKey, VerifierKey, signers
+from ledger.note import MAX_NOTE_BYTES, Checkpoint, Note, SigningKey, VerifierKey, signers
 from ledger.proof import ConsistencyProof
 from ledger.service.witness_server import WitnessServer
-from ledger.witness import MAX_REQUEST_BYTES, Witness, WitnessBehind, WitnessClient, log_path
+from ledger.witness import (
+    MAX_REQUEST_BYTES,
+    Answer,
+    Witness,
+    WitnessBehind,
+    WitnessClient,
+    log_path,
+)
 
 LOG = SigningKey.generate("acme.example/prod")
+COSIGNER = SigningKey.generate("witness.example/w1")
 HASH_LINE = base64.b64encode(b"x" * 32) + b"\n"
 ORIGIN = "acme.example/prod/t"
 HASHES = [leaf_hash(b"%d" % n) for n in range(64)]
@@ -41,19 +54,26 @@ def request(old, size, *, key=LOG, origin=ORIGIN, forged=None, proof=None):
 
 @pytest.fixture
 def witness(tmp_path):
-    witness = Witness(SigningKey.generate("witness.example/w1"), [LOG.verifier()], tmp_path)
+    witness = Witness(COSIGNER, [LOG.verifier()], tmp_path)
     yield witness
     witness.close()
 
 
-@pytest.fixture
-def server(witness):
-    with WitnessServer(("127.0.0.1", 0), witness) as server:
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
-        thread.start()
-        yield server
+@contextmanager
+def running(server):
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
         server.shutdown()
         thread.join()
+
+
+@pytest.fixture
+def server(witness):
+    with WitnessServer(("127.0.0.1", 0), witness) as server, running(server):
+        yield server
 
 
 def test_a_log_that_grows_is_cosigned(witness):
@@ -97,6 +117,29 @@ def test_what_does_not_continue_is_refused_by_its_code(witness, name):
     if status == HTTPStatus.CONFLICT:
         assert (answer.body, answer.content_type) == (b"5\n", "text/x.tlog.size")
     assert witness.latest(log_path(ORIGIN)) == before
+
+
+def test_a_signature_sent_many_times_is_kept_once(witness):
+    """Who sends a public checkpoint's signature line a hundred times cannot end the log."""
+    asked = request(0, 5)
+    line = asked.note.signatures[0]
+    swollen = ConsistencyProof(0, (), Note(asked.note.text, (line,) * 100))
+    assert witness.answer(swollen.encode()).status == HTTPStatus.OK
+    assert len(Note.parse(witness.latest(log_path(ORIGIN)).body).signatures) == 2
+    assert witness.answer(request(5, 7).encode()).status == HTTPStatus.OK
+
+
+def test_what_could_not_be_read_again_is_not_kept(witness):
+    """A note that its cosignature would make too large is refused, and the log goes on."""
+    checkpoint = Checkpoint(ORIGIN, 5, root(5), ("x" * 1000,) * 65)
+    note = checkpoint.signed(LOG)
+    size = len(note.encode())
+    note = Checkpoint(
+        ORIGIN, 5, root(5), (*checkpoint.extensions, "x" * (MAX_NOTE_BYTES - size - 1))
+    ).signed(LOG)
+    assert len(note.encode()) == MAX_NOTE_BYTES
+    assert witness.answer(ConsistencyProof(0, (), note).encode()).status == HTTPStatus.BAD_REQUEST
+    assert witness.answer(request(0, 5).encode()).status == HTTPStatus.OK
 
 
 MALFORMED = [
@@ -187,6 +230,118 @@ def test_http_is_kept_alive_and_bounded(server):
         raw.sendall(b"POST /add-checkpoint HTTP/1.1\r\nHost: x\r\n\r\n")
         assert b" 411 " in raw.recv(100)
     assert MAX_REQUEST_BYTES < 100_000
+
+
+def exchanged(server, *parts):
+    """All that the server sends on one connection for these bytes, until it ends it."""
+    place = urlsplit(server.url)
+    with socket.create_connection((place.hostname, place.port), timeout=10) as raw:
+        raw.sendall(b"".join(parts))  # at once, so that none is left unread, which would reset it
+        return b"".join(iter(lambda: raw.recv(4096), b""))
+
+
+POST = b"POST /add-checkpoint HTTP/1.1\r\nHost: x\r\n"
+UNSURE = {
+    "a length of 5,000 digits": (POST + b"Content-Length: %s\r\n\r\n" % (b"9" * 5000), 400),
+    "a signed length": (POST + b"Content-Length: +1\r\n\r\nx", 400),
+    "two lengths": (POST + b"Content-Length: 1\r\nContent-Length: 2\r\n\r\nxx", 400),
+    "chunks": (POST + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 501),
+    "a body where none belongs": (b"GET /x HTTP/1.1\r\nContent-Length: 26\r\n\r\n", 400),
+}
+
+
+@pytest.mark.parametrize("name", UNSURE)
+def test_requests_whose_end_is_unsure_are_refused(server, name):
+    """What could be read as another request is not read on: one answer, and the end."""
+    asked, status = UNSURE[name]
+    answer = exchanged(server, asked, b"GET /y HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 %d " % status)
+    assert answer.count(b"HTTP/1.1") == 1
+
+
+def drip_until_the_end(connection):
+    connection.settimeout(0.02)
+    while True:
+        try:
+            connection.sendall(b"x")
+            if connection.recv(1) == b"":
+                return
+        except TimeoutError:
+            continue
+        except ConnectionError:
+            return
+
+
+def test_slow_and_many_clients_are_bounded(witness):
+    """A client that drips is cut off at its deadline; more than the limit are turned away."""
+    with (
+        WitnessServer(("127.0.0.1", 0), witness, timeout_s=0.2, max_connections=1) as server,
+        running(server),
+    ):
+        place = urlsplit(server.url)
+        with socket.create_connection((place.hostname, place.port), timeout=10) as slow:
+            slow.sendall(b"GET ")
+            assert b" 503 " in exchanged(server)
+            drip_until_the_end(slow)
+        assert b" 404 " in exchanged(server, b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+
+
+def test_clients_that_go_away_leave_a_line_in_the_log(server, capfd):
+    """A reset in the middle of a request is no traceback on the operator's screen."""
+    told = queue.SimpleQueue()
+    handler = logging.handlers.QueueHandler(told)
+    log = logging.getLogger("ledger")
+    log.addHandler(handler)
+    log.setLevel(logging.DEBUG)
+    try:
+        place = urlsplit(server.url)
+        with socket.create_connection((place.hostname, place.port)) as raw:
+            raw.sendall(POST + b"Content-Length: 500\r\n\r\nold")
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        assert told.get(timeout=10).getMessage().startswith("witness: 127.0.0.1: ConnectionReset")
+    finally:
+        log.setLevel(logging.NOTSET)
+        log.removeHandler(handler)
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("begin", [b"HTTP/1.1 200 OK\r\nX-", b"HTTP/1.1 200 OK\r\n\r\n"])
+def test_answers_have_a_deadline(begin):
+    """A witness that drips its headers or its body for ever does not hold who asks it."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        ended = threading.Event()
+
+        def drip():
+            asking, _ = listening.accept()
+            with asking, suppress(OSError):
+                asking.sendall(begin)
+                while not ended.wait(0.01):
+                    asking.sendall(b"x")
+
+        dripping = threading.Thread(target=drip)
+        dripping.start()
+        url = "http://{}:{}/".format(*listening.getsockname())
+        try:
+            with pytest.raises(TimeoutError, match=r"within 0\.2 s"):
+                fetch(url, None, timeout_s=0.2, max_bytes=1 << 20)
+        finally:
+            ended.set()
+            dripping.join()
+
+
+@pytest.mark.parametrize("before", [b"", b"more text\n\n", b"\n"])
+def test_cosignature_is_of_the_note_that_was_sent(server, witness, monkeypatch, before):
+    """What an answer has before its signature lines cannot change the text that is verified."""
+    client = WitnessClient(witness.verifier, server.url)
+    asked = request(0, 5)
+    signature = COSIGNER.cosign(asked.note.encode() + before[:-1] if before else asked.note.text, 1)
+    answer = Answer(HTTPStatus.OK, before + signature.line().encode())
+    monkeypatch.setattr(witness, "answer", lambda _: answer)
+    if before:
+        with pytest.raises(WitnessUnavailable):
+            client.add(asked)
+    else:
+        assert client.add(asked) == signature
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import os
 import sys
 from contextlib import closing
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -107,9 +108,9 @@ def _verifier_key(text: str | None) -> VerifierKey:
 
 
 def _witness_keys(texts: list[str] | None) -> list[VerifierKey]:
-    from ledger.note import VerifierKey
+    from ledger.note import COSIGNATURE, VerifierKey
 
-    return [VerifierKey.parse(text) for text in texts or ()]
+    return [VerifierKey.parse(text).of_kind(COSIGNATURE) for text in texts or ()]
 
 
 def _time(seconds: int) -> str:
@@ -541,11 +542,13 @@ def _range(text: str, command: str) -> dict[str, Any]:
 
 def _read_checkpoint(path: Path) -> Any:
     from ledger.anchor import read_notes
+    from ledger.regular import open_regular
 
-    with path.open("rb") as stream:
-        notes = list(read_notes(stream, path.name))
+    with open_regular(path) as stream:
+        notes = list(islice(read_notes(stream, path.name), 2))
     if len(notes) != 1:
-        raise errors.InvalidInput(f"{path}: {len(notes)} checkpoints, not one")
+        many = "more than one" if notes else "no"
+        raise errors.InvalidInput(f"{path}: {many} checkpoint, and one is asked for")
     return notes[0]
 
 
@@ -594,22 +597,23 @@ def verify_proof(
     asked for.
     """
     from ledger.note import VerifierKey
-    from ledger.proof import MAX_RANGE_BYTES, ConsistencyProof, parse_proof
+    from ledger.proof import ConsistencyProof, read_proof
+    from ledger.regular import open_regular
 
     trusted, witnesses = list(map(VerifierKey.parse, key)), _witness_keys(witness_key)
     asked = _range(range_text, "verify-proof") if range_text is not None else {}
-    with file.open("rb") as stream:
-        proof = parse_proof(stream.read(MAX_RANGE_BYTES + 1))
-    if isinstance(proof, ConsistencyProof):
-        if continues is None:
-            raise usage("verify-proof", "--continues is missing: the earlier checkpoint")
-        if asked:
-            raise usage("verify-proof", "--range is for a proof of entries")
-        proved = proof.verify(trusted, _read_checkpoint(continues), witnesses)
-    else:
-        proved = proof.verify(trusted, witnesses)
-    _print_proved(proved, _complete(proved, asked) if asked else None, as_json=as_json)
-    sys.stdout.flush()
+    with open_regular(file) as stream:
+        proof = read_proof(stream)
+        if isinstance(proof, ConsistencyProof):
+            if continues is None:
+                raise usage("verify-proof", "--continues is missing: the earlier checkpoint")
+            if asked:
+                raise usage("verify-proof", "--range is for a proof of entries")
+            proved = proof.verify(trusted, _read_checkpoint(continues), witnesses)
+        else:
+            proved = proof.verify(trusted, witnesses)
+        _print_proved(proved, _complete(proved, asked) if asked else None, as_json=as_json)
+        sys.stdout.flush()
 
 
 def _complete(proved: Proved, asked: dict[str, Any]) -> tuple[range, str]:
@@ -629,14 +633,12 @@ def _complete(proved: Proved, asked: dict[str, Any]) -> tuple[range, str]:
 
 def _print_proved(proved: Proved, complete: tuple[range, str] | None, *, as_json: bool) -> None:
     from ledger.note import b64
+    from ledger.service.fields import field_line, name_text
 
     checkpoint, count = proved.checkpoint, len(proved.entries)
     cosigned = {one.name: one.time_s for one in proved.cosignatures}
-    entries = [
-        _entry_json(entry, seq) for seq, entry in enumerate(proved.entries, proved.first_seq)
-    ]
     if as_json:
-        print_json(
+        _print_proved_json(
             {
                 "proved": True,
                 "origin": checkpoint.origin,
@@ -646,8 +648,8 @@ def _print_proved(proved: Proved, complete: tuple[range, str] | None, *, as_json
                 "continues": proved.old.size if proved.old else None,
                 "range": [complete[0].start, complete[0].stop - 1] if complete else None,
                 "cosigned": cosigned,
-                "entries": entries,
-            }
+            },
+            proved,
         )
         return
     lines = [f"PROVED, log {checkpoint.origin}"]
@@ -664,24 +666,28 @@ def _print_proved(proved: Proved, complete: tuple[range, str] | None, *, as_json
         )
     lines += [f"  {complete[1]}"] if complete else []
     lines += [f"  cosigned by {who} at {_time(at)}" for who, at in cosigned.items()]
-    for entry in entries:
-        lines.append(f"  seq {entry['seq']}  {entry['entry_id']}")
-        lines += [f"    {name}: {value}" for name, value in entry["fields"]]
     print_lines(*map(terminal.printable, lines))
+    for seq, entry in enumerate(proved.entries, proved.first_seq):
+        print_lines(f"  seq {seq}  {name_text(entry.entry_id)}")
+        for name, withheld, value in entry.fields:
+            print_lines(f"    {field_line(name, value, withheld=withheld)}")
 
 
-def _entry_json(entry: Any, seq: int) -> dict[str, Any]:
-    shown = [
-        [
-            name.decode(errors="backslashreplace"),
-            f"withheld, SHA-256 {value.hex()}"
-            if digest
-            else value.decode(errors="backslashreplace"),
+def _print_proved_json(head: dict[str, Any], proved: Proved) -> None:
+    """One object on one line; its entries one by one, as there may be more than memory takes."""
+    import orjson
+
+    from ledger.service.fields import field_json, text_or_base64
+
+    out = sys.stdout.buffer
+    out.write(orjson.dumps(head).removesuffix(b"}") + b',"entries":[')
+    for seq, entry in enumerate(proved.entries, proved.first_seq):
+        fields = [
+            field_json(name, value, withheld=withheld) for name, withheld, value in entry.fields
         ]
-        for name, digest, value in entry.fields
-    ]
-    entry_id = entry.entry_id.decode(errors="backslashreplace")
-    return {"seq": seq, "entry_id": entry_id, "fields": shown}
+        shown = {"seq": seq, **text_or_base64("entry_id", entry.entry_id), "fields": fields}
+        out.write(b"," * (seq > proved.first_seq) + orjson.dumps(shown))
+    out.write(b"]}\n")
 
 
 # -- witness -----------------------------------------------------------------------------------
