@@ -7,7 +7,7 @@ The names below are all that is public here; `from projections import …` has t
 """
 
 from ledger import errors, events, sync
-from ledger.append import Durability, Receipt
+from ledger.append import Durability, Link, Receipt
 from ledger.events import (
     Action,
     AgentRef,
@@ -58,6 +58,7 @@ __all__ = [
     "Head",
     "Incident",
     "Ledger",
+    "Link",
     "MemoryEntry",
     "MemoryService",
     "ModeChanged",

@@ -40,6 +40,7 @@ GATHER_BYTES: Final = 1024 * 1024
 CALLS_IN_FLIGHT: Final = 2
 SECOND_CALL_EVENTS: Final = 16
 WAIT_TIMEOUT_MS: Final = 2000
+NAME_LIMIT: Final = 64
 _GROUP_ARGS: Final = 3
 _EVENT_ARGS: Final = 3
 _FIRST_TYPE: Final = ord("A")
@@ -95,10 +96,17 @@ class Receipt(msgspec.Struct, frozen=True, gc=False):
         return Position(self.epoch, self.seq, self.entry_id)
 
 
+class Link(NamedTuple):
+    """A name for a batch, and that of the named one right behind which alone it may come."""
+
+    name: str
+    after: str | None = None
+
+
 class _Group:
     """One caller's events: sequenced together or refused together, alone."""
 
-    __slots__ = ("after", "bytes", "done", "durability", "events", "expected_seq", "packed")
+    __slots__ = ("bytes", "done", "durability", "events", "expected_seq", "packed")
 
     def __init__(
         self,
@@ -106,26 +114,25 @@ class _Group:
         expected_seq: int | None,
         durability: Durability | None,
         done: asyncio.Future[list[Receipt]],
-        after: EncodedEvent | None = None,
+        link: Link | None = None,
     ) -> None:
         self.events = events
         self.expected_seq = expected_seq
         self.durability = durability
         self.done = done
-        self.after = after
-        self.packed = _packed_group(events, expected_seq, after)
+        self.packed = _packed_group(events, expected_seq, link)
         self.bytes = len(self.packed)
 
 
 def _packed_group(
-    events: Sequence[EncodedEvent], expected_seq: int | None, after: EncodedEvent | None
+    events: Sequence[EncodedEvent], expected_seq: int | None, link: Link | None
 ) -> bytes:
     """The group as functions.lua reads it: its header, its types, then the events."""
     expected = -1 if expected_seq is None else expected_seq
-    behind = b"" if after is None else b" " + after.sha256 + after.id.encode()
+    linked = b"" if link is None else f" {link.name} {link.after or ''}".encode()
     if len(events) == 1:
         (event,) = events
-        header = b"%d %d 1%b" % (expected, max(event.at_ms or 0, 0), behind)
+        header = b"%d %d 1%b" % (expected, max(event.at_ms or 0, 0), linked)
         kind = event.type.encode()
         return _PACKED_ALONE % (len(header), header, len(kind), kind, event.packed)
     types = {event.type: b"" for event in events}
@@ -134,7 +141,7 @@ def _packed_group(
         places = {kind: b"%c" % (_FIRST_TYPE + n) for n, kind in enumerate(types)}
         codes = b"".join([places[event.type] for event in events])
     latest = max([event.at_ms or 0 for event in events])
-    header = b"%d %d %d%b" % (expected, max(latest, 0), len(events), behind)
+    header = b"%d %d %d%b" % (expected, max(latest, 0), len(events), linked)
     head = _packed_strings(header, " ".join(types).encode(), codes)
     return b"".join([head, *[event.packed for event in events]])
 
@@ -163,6 +170,15 @@ def prepare(tenant: str, events: Sequence[Event], expected_seq: int | None) -> l
     return [encode(event) for event in events]
 
 
+def _check_link(link: Link | None) -> None:
+    for name in link or ():
+        if name is not None and not (name.isascii() and name.isalnum() and len(name) <= NAME_LIMIT):
+            raise errors.InvalidInput(
+                f"link: {name!a:.80} names no batch",
+                hint=f"1 to {NAME_LIMIT} letters and digits, for each batch another name",
+            )
+
+
 class Appender:
     """The write side of a Ledger: one lane a tenant, up to two function calls in flight on each."""
 
@@ -178,13 +194,14 @@ class Appender:
         events: Sequence[Event],
         expected_seq: int | None,
         durability: Durability | None,
-        after: Event | None = None,
+        link: Link | None = None,
     ) -> asyncio.Future[list[Receipt]]:
         """Receipts in the order of `events`; all are recorded, or none.
 
         What is put first is recorded first, unless it is refused or waits for a replica.
         """
         encoded = prepare(tenant, events, expected_seq)
+        _check_link(link)
         level = durability or self.durability
         # Who waits for a replica holds up his own kind alone.
         at = (tenant, level is Durability.REPLICATED)
@@ -192,9 +209,7 @@ class Appender:
         if lane is None:
             lane = self._lanes[at] = _Lane(self.server, tenant, self._feed)
         done: asyncio.Future[list[Receipt]] = asyncio.get_running_loop().create_future()
-        lane.put(
-            _Group(encoded, expected_seq, level, done, None if after is None else encode(after))
-        )
+        lane.put(_Group(encoded, expected_seq, level, done, link))
         return done
 
     async def aclose(self) -> None:
@@ -556,13 +571,13 @@ class _Lane:
                 expected=group.expected_seq,
                 actual=result[1],
             )
-        if group.after is not None and result[0] == 4:
+        if result[0] == 4:
             return errors.PredecessorMissing(
-                f"tenant {self._tenant}: event {group.after.id} is not recorded as it is, and this "
-                "was to come behind it",
-                hint="append that one first; nothing of this was written",
+                f"tenant {self._tenant}: the batch behind which this one was to come was refused, "
+                "or another named one came between",
+                hint="see what became of that one, and append this one again; nothing of it was "
+                "written",
                 tenant=self._tenant,
-                after_id=group.after.id,
             )
         latest = max(group.events, key=lambda event: event.at_ms or 0)
         return errors.ClockSkew(

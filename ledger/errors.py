@@ -8,7 +8,7 @@
     ├── Refused                      the ledger said no; nothing was written
     │   ├── ConflictingEvent         the id is recorded with another body
     │   ├── WrongExpectedSeq         the tenant has moved on
-    │   ├── PredecessorMissing       the event that it was to come behind is not recorded
+    │   ├── PredecessorMissing       the batch that it was to come behind is not the last one
     │   ├── ClockSkew                this machine's clock and the server's differ too much
     │   ├── UnsafeServer             a server setting can lose what was acknowledged
     │   ├── IndexBehind              the idempotency index does not cover the stream: reindex
@@ -156,7 +156,7 @@ class WrongExpectedSeq(Refused):
 
 
 class PredecessorMissing(Refused):
-    """The event that the append was to come behind is not recorded; `facts`: after_id."""
+    """The batch that this one was to come right behind was refused, or another one came between."""
 
 
 class ClockSkew(Refused):

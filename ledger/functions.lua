@@ -199,8 +199,8 @@ local function next_time_ms(head, now)
   return time
 end
 
--- Groups in ARGV, each: 'expected seq (-1: any), latest `at` in ms, count' and, where the group may
--- only come behind an event, a space, the SHA-256 of that one's data and its id; the names of its types
+-- Groups in ARGV, each: 'expected seq (-1: any), latest `at` in ms, count' and, where it has one, its
+-- name and that of the named group right behind which it may come alone; the names of its types
 -- divided by spaces, which of them each event has (a byte an event, 'A' the first; empty where
 -- there is one), then per event id, data, SHA-256 of data. Few arguments: each costs as much as a
 -- table access does.
@@ -211,9 +211,10 @@ local FIRST_TYPE = 65  -- 'A'
 local function read_groups(args)
   local groups, ids, count, at, last = {}, {}, 0, FIRST_GROUP, #args
   while at <= last do
-    local expected, latest_at, events, behind = string.match(args[at], '^(-?%d+) (%d+) (%d+) ?(.*)$')
+    local expected, latest_at, events, name, behind =
+      string.match(args[at], '^(-?%d+) (%d+) (%d+) ?(%w*) ?(%w*)$')
     local group = {expected = tonumber(expected), latest_at = tonumber(latest_at), first = at + 3,
-                   behind = behind,
+                   name = name, behind = behind,
                    last = at + 3 + (tonumber(events) - 1) * EVENT_ARGS,
                    types = args[at + 1], codes = args[at + 2]}
     for event = group.first, group.last, EVENT_ARGS do
@@ -283,12 +284,6 @@ local function count_refused(head_key, duplicates, conflicts)
   if conflicts > 0 then redis.pcall('HINCRBY', head_key, 'conflicts', conflicts) end
 end
 
-local function is_recorded(index, known, digest_and_id)
-  local id = string.sub(digest_and_id, 33)
-  local value = known[id] or call('HGET', index, id)
-  return value and string.sub(value, 13) == string.sub(digest_and_id, 1, 32)
-end
-
 local function append_groups(keys, args, head, ms)
   local groups, ids = read_groups(args)
   local found, known = call('HMGET', keys[3], unpack(ids)), {}
@@ -300,12 +295,12 @@ local function append_groups(keys, args, head, ms)
     end
   end
   local results, index_args, before, repeated, conflicts = {}, {}, head.seq, 0, 0
+  local latest, named  -- the last named group that was accepted; the same, if it was here
   for g, group in ipairs(groups) do
     local first_seq = head.seq + 1
-    local new, refusal, duplicates = {}, nil, nil
-    if group.behind ~= '' and not is_recorded(keys[3], known, group.behind) then
-      refusal = {4}
-    else
+    local new, refusal, duplicates = {}, {4}, nil
+    if group.behind ~= '' and not latest then latest = call('HGET', keys[2], 'batch') end
+    if group.behind == '' or group.behind == latest then
       new, refusal, duplicates = plan(group, args, known, head, ms)
     end
     if refusal then
@@ -314,6 +309,7 @@ local function append_groups(keys, args, head, ms)
       if refusal[1] == 1 then conflicts = conflicts + 1 end
     else
       write_group(keys[1], group, new, args, known, head, ms, index_args)
+      if group.name ~= '' then latest, named = group.name, group.name end
       results[g] = {0, ms, first_seq, duplicates}
       repeated = repeated + #duplicates / 3
     end
@@ -326,6 +322,7 @@ local function append_groups(keys, args, head, ms)
     head.own = head.own + written
     if head.new then write_head(keys[2], head) else write_tail(keys[2], head) end
   end
+  if named then call('HSET', keys[2], 'batch', named) end
   if head.seq > 0 then count_refused(keys[2], repeated, conflicts) end
   return results, #index_args > 0
 end

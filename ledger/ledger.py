@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import Any, Self
 
 from ledger import errors, keys
-from ledger.append import Appender, Durability, Receipt
+from ledger.append import Appender, Durability, Link, Receipt
 from ledger.events import Event
 from ledger.memory import MemoryService
 from ledger.reindex import reindex
@@ -108,7 +108,7 @@ class Ledger:
         *,
         expected_seq: int | None = None,
         durability: Durability | str | None = None,
-        after: Event | None = None,
+        link: Link | None = None,
     ) -> list[Receipt]:
         """Records up to 1,000 events in one atomic step: all of them, or none.
 
@@ -119,15 +119,16 @@ class Ledger:
             events: what happened, in order.
             expected_seq: append only if the tenant's head is this.
             durability: the level that must be reached; more than `memory` or an error.
-            after: append only if this event is recorded. So the next batch can be sent before the
-                one that it follows is acknowledged, and never lands without it.
+            link: a name for this batch, of letters and digits, and the name of the one that it
+                follows. So it can be sent before that one is acknowledged, and never lands without
+                it, or where another named batch of the tenant came between.
 
         Raises:
-            InvalidInput: there is no event, or more than 1,000.
-            PredecessorMissing: `after` is not recorded, or with other content.
+            InvalidInput: there is no event, or more than 1,000; or `link` has no good name.
+            PredecessorMissing: the last named batch that was accepted is not `link.after`.
         """
         level = _durability(durability)
-        return await self._appender.put(tenant, events, expected_seq, level, after)
+        return await self._appender.put(tenant, events, expected_seq, level, link)
 
     # -- read ---------------------------------------------------------------------------------
 

@@ -21,7 +21,18 @@ from hypothesis.stateful import run_state_machine_as_test as run_machine
 from msgspec import structs
 
 import ledger
-from ledger import Decision, Durability, Feedback, Ledger, Settings, errors, events, keys, sync
+from ledger import (
+    Decision,
+    Durability,
+    Feedback,
+    Ledger,
+    Link,
+    Settings,
+    errors,
+    events,
+    keys,
+    sync,
+)
 from ledger.append import GATHER_EVENTS
 from ledger.server import LIBRARY_VERSION, Server, library_source
 from tests.proxy import Proxy
@@ -248,24 +259,31 @@ async def test_expected_seq_is_the_head_or_a_refusal(book, tenant):
             await book.append(tenant, decision("c"), expected_seq=wrong)
 
 
-async def test_a_batch_comes_behind_an_event_or_not_at_all(book, tenant):
-    """`after` is recorded, or in the same call before, or nothing is written and it is named."""
-    batches = [[decision("a"), decision("b")], [decision("c d")], [decision("e")], [decision("f")]]
-    befores = [None, decision("b"), decision("c d"), decision("nobody")]
+async def test_a_batch_comes_right_behind_another_or_not_at_all(book, tenant):
+    """It lands where that one was the last that was accepted; nothing of a refused one counts."""
+    first, bad = [decision("a"), decision("b")], [decision("a", verdict="deny"), decision("b")]
+    sent = [
+        (first, Link("n1")),
+        ([decision("c")], Link("n2", "n1")),
+        (bad, Link("n3", "n2")),  # refused, though its last event is recorded
+        ([decision("d")], Link("n4", "n3")),
+        (first, Link("n5", "n2")),  # accepted: it is recorded already
+        ([decision("e")], Link("n6", "n5")),
+    ]
     results = await asyncio.gather(
-        *(
-            book.append_many(tenant, batch, after=before)
-            for batch, before in zip(batches, befores, strict=True)
-        ),
+        *(book.append_many(tenant, batch, link=link) for batch, link in sent),
         return_exceptions=True,
     )
-    assert [receipt.seq for batch in results[:3] for receipt in batch] == [1, 2, 3, 4]
-    assert isinstance(results[3], errors.PredecessorMissing)
-    assert results[3].facts["after_id"] == "nobody"
-    assert "event nobody is not recorded" in results[3].message
-    with pytest.raises(errors.PredecessorMissing, match="event e is not recorded as it is"):
-        await book.append_many(tenant, [decision("f")], after=decision("e", verdict="deny"))
-    assert (await book.append_many(tenant, [decision("f")], after=decision("e")))[0].seq == 5
+    refusals = [type(one) if isinstance(one, Exception) else None for one in results]
+    refused = [None, None, errors.ConflictingEvent, errors.PredecessorMissing, None, None]
+    assert refusals == refused
+    assert [event_id for _, event_id, *_ in await recorded(book, tenant)] == ["a", "b", "c", "e"]
+    await book.append_many(tenant, [decision("f")], link=Link("other"))
+    with pytest.raises(errors.PredecessorMissing, match="another named one came between"):
+        await book.append_many(tenant, [decision("d")], link=Link("n7", "n6"))
+    for wrong in (Link(""), Link("a b"), Link("é"), Link("ok", "no-"), Link("x" * 65)):
+        with pytest.raises(errors.InvalidInput, match="link"):
+            await book.append_many(tenant, [decision("g")], link=wrong)
 
 
 async def test_duplicates_are_found_before_the_expected_seq(book, tenant):
@@ -816,7 +834,7 @@ def test_append_behaves_as_its_model(server):
 LIBRARY_SHA256 = {
     1: "22536d7470941521400e32c4d33f70032d56019db068402aee03b4329c1a27c1",
     2: "4bb93e5ae281bab531932462887c96f2bd33fb4c6c0be4ceec65da0b8372ae4a",
-    3: "a7100e59770a0e3b7bb1c37ebc88f7552f8ff2323a9ed3d3cd37647858b46d7e",
+    3: "94860fabc28bc9d5f393fdfe1caff3cabea0b13ec23b27b7a48d5a1e61f6f387",
 }
 """By LIBRARY_VERSION: the text that is, or once was, released under that number."""
 

@@ -252,6 +252,20 @@ def test_order_of_a_file_holds_where_a_line_is_refused(valkey, tenant, at):
     assert ids == [f"d-{at}", *(f"d-{n}" for n in range(600) if n != at)]
 
 
+def test_order_of_a_file_holds_where_the_end_of_a_refused_group_is_recorded(valkey, tenant):
+    """A group that ends with a line that was there before is refused whole all the same."""
+    taken = as_lines(decision("d-200", verdict="deny"))
+    assert run(valkey.url, "append", tenant, "--json", stdin=taken).code == 0
+    names = [f"d-{n}" for n in range(384)]
+    names[255] = "d-3"
+    lines = as_lines(*map(decision, names))
+    assert run(valkey.url, "append", tenant, "--json", stdin=lines).code == 4
+    assert recorded(valkey, tenant) == 1 + 128
+    assert run(valkey.url, "append", tenant, "--keep-going", stdin=lines).code == 2
+    ids = [line["id"] for line in run(valkey.url, "replay", tenant, "--json").lines]
+    assert ids == ["d-200", *(name for n, name in enumerate(names) if n not in (200, 255))]
+
+
 def test_expected_seq_is_for_one_batch(valkey, tenant):
     """--expected-seq appends all or nothing, and only at that head."""
     assert run(valkey.url, "append", tenant, "--expected-seq", 0, stdin=decisions(3)).code == 0

@@ -2,13 +2,13 @@
 report the others.
 
 A tenant's events are recorded in the order of the file. Two of its groups are under way at once:
-the later one asks to come behind the last event of the earlier one, without which it is not
-recorded.
+the later one asks to come right behind the earlier one, and is refused where that was.
 """
 
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +18,7 @@ from typing import IO, Any, Final
 import orjson
 
 from ledger import errors
-from ledger.append import BATCH_EVENTS_LIMIT, Durability, Receipt
+from ledger.append import BATCH_EVENTS_LIMIT, Durability, Link, Receipt
 from ledger.events import EncodedEvent
 from ledger.ledger import Ledger
 from ledger.service.jsonl import KEPT_BYTES, Line, LineSplitter, Source, event_of
@@ -100,9 +100,24 @@ class Landed:
     first_seq: int | None = None
     last_seq: int | None = None
     durability: Durability | None = None
+    newest_seq: int = 0
 
-    def add(self, receipts: list[Receipt]) -> None:
-        """Counts one group's receipts."""
+    def add(self, receipts: list[Receipt], newest_seq: int) -> None:
+        """Counts one group's receipts; it was sent when `newest_seq` had been acknowledged.
+
+        Raises:
+            LedgerRolledBack: what was acknowledged is not recorded any more.
+        """
+        new = [receipt.seq for receipt in receipts if not receipt.duplicate]
+        if new and new[0] <= newest_seq:
+            raise errors.LedgerRolledBack(
+                f"tenant {self.tenant}: seq {newest_seq} was acknowledged, and seq {new[0]} is a "
+                "new entry now: the ledger went back meanwhile",
+                hint="find out why (a failover, a restored file); the same command again records "
+                "what is missing",
+                tenant=self.tenant,
+            )
+        self.newest_seq = max(self.newest_seq, *new, 0)
         seqs = [receipt.seq for receipt in receipts]
         self.count += len(receipts)
         self.duplicates += sum(receipt.duplicate for receipt in receipts)
@@ -362,10 +377,10 @@ class _Recorder:
         self._source = source
         self._advance = advance
         self._rejects = rejects
-        self._sending: dict[str, deque[tuple[asyncio.Task[None], EncodedEvent]]] = defaultdict(
-            deque
-        )
-        """By tenant its groups under way, at most two, and the last event of each."""
+        self._sending: dict[str, deque[tuple[asyncio.Task[None], str]]] = defaultdict(deque)
+        """By tenant its groups under way, at most two, and the name of each."""
+        self._token = secrets.token_hex(8)
+        self._sent = 0
         self._slots = asyncio.Semaphore(CALLS_AT_ONCE)
         self._failure: errors.LedgerError | None = None
 
@@ -378,8 +393,9 @@ class _Recorder:
             await self._slots.acquire()
             if self._failure:
                 raise self._failure
-            before, last = under_way[-1] if under_way else None, group.events[-1]
-            under_way.append((asyncio.create_task(self._send(group, before)), last))
+            self._sent += 1
+            name, before = f"{self._token}x{self._sent}", under_way[-1] if under_way else None
+            under_way.append((asyncio.create_task(self._send(group, name, before)), name))
 
     async def finish(self) -> None:
         """Returns when all is acknowledged."""
@@ -400,12 +416,12 @@ class _Recorder:
             raise _located(error, group, self._source.name) from error
 
     async def _send(
-        self, group: _Group, before: tuple[asyncio.Task[None], EncodedEvent] | None
+        self, group: _Group, name: str, before: tuple[asyncio.Task[None], str] | None
     ) -> None:
         try:
-            if before is not None and await self._landed_behind(group, *before):
+            if before is not None and await self._landed_behind(group, name, *before):
                 return
-            while group.events and not await self._landed_or_rejected(group):
+            while group.events and not await self._landed_or_rejected(group, name):
                 pass
         except errors.LedgerError as error:
             self._failure = self._failure or _located(error, group, self._source.name)
@@ -413,25 +429,22 @@ class _Recorder:
             self._slots.release()
 
     async def _landed_behind(
-        self, group: _Group, before: asyncio.Task[None], last: EncodedEvent
+        self, group: _Group, name: str, before: asyncio.Task[None], before_name: str
     ) -> bool:
         """Whether the group landed, sent while the one before it is under way. If not, that one
         has ended: where it failed, this one is not to land.
         """
         try:
-            await self._append(group, after=last)
-        except errors.PredecessorMissing:
-            await before
-            return self._failure is not None
-        except (errors.ConflictingEvent, errors.ClockSkew):
-            await before  # and then again, as a group of its own, which may be rejected in part
+            await self._append(group, link=Link(name, before_name))
+        except (errors.PredecessorMissing, errors.ConflictingEvent, errors.ClockSkew):
+            await before  # and then again, without it
             return self._failure is not None
         return True
 
-    async def _landed_or_rejected(self, group: _Group) -> bool:
+    async def _landed_or_rejected(self, group: _Group, name: str) -> bool:
         """Whether the group landed; if not, one event less is in it."""
         try:
-            await self._append(group)
+            await self._append(group, link=Link(name))
         except (errors.ConflictingEvent, errors.ClockSkew) as error:
             at = _culprit(error, group)
             if at is None or self._rejects is None:
@@ -442,18 +455,19 @@ class _Recorder:
         return True
 
     async def _append(
-        self, group: _Group, expected_seq: int | None = None, after: Any = None
+        self, group: _Group, expected_seq: int | None = None, link: Link | None = None
     ) -> None:
-        tenant = group.tenant
+        landed = self.landed.setdefault(group.tenant, Landed(group.tenant))
         events: Any = group.events  # `events.encode` takes what is encoded already
+        newest_seq = landed.newest_seq
         try:
             receipts = await self._ledger.append_many(
-                tenant, events, expected_seq=expected_seq, after=after
+                group.tenant, events, expected_seq=expected_seq, link=link
             )
         except errors.DurabilityNotReached as error:  # recorded all the same
-            self.landed.setdefault(tenant, Landed(tenant)).add(error.facts.pop("receipts"))  # type: ignore[arg-type]
+            landed.add(error.facts.pop("receipts"), newest_seq)  # type: ignore[arg-type]
             raise
-        self.landed.setdefault(tenant, Landed(tenant)).add(receipts)
+        landed.add(receipts, newest_seq)
         self._advance(len(group.events))
 
 
