@@ -14,7 +14,7 @@ import random
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Container, Iterable, Sequence
-from contextlib import aclosing, suppress
+from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Final
 
 from ledger import errors, keys
@@ -197,35 +197,55 @@ class Projector:
         overtaken: errors.CommitConflict | None = None
         for _ in range(ATTEMPTS):
             try:
-                walk = await fold.begin()
-                goal = walk.head.seq
-                async with aclosing(walk.pages()) as found:
-                    async for page in found:
-                        await fold.fold_ahead(walk, page, followers)
-                        folded += len(page)
-                        if on_progress:
-                            on_progress(fold.tenant, len(page))
-                        enough = pages is not None and folded >= pages * walk.page_entries
-                        if enough or fold.folded_seq >= goal:
-                            break
-                        if time.monotonic() - fold.published_at > PUBLISH_INTERVAL_S * 4:
-                            await fold.publish(self._ttl_seconds)
-                await fold.settle(followers)
-            except errors.LeaseHeld as error:
-                left_ms = error.facts["left_ms"]
-                assert isinstance(left_ms, int)
-                self._leases.lose(fold.tenant, fold.projection.name, left_ms)
+                async with self._left_whole(fold, followers):
+                    walk = await fold.begin()
+                    goal = walk.head.seq
+                    async with aclosing(walk.pages()) as found:
+                        async for page in found:
+                            await fold.fold_ahead(walk, page, followers)
+                            folded += len(page)
+                            if on_progress:
+                                on_progress(fold.tenant, len(page))
+                            enough = pages is not None and folded >= pages * walk.page_entries
+                            if enough or fold.folded_seq >= goal:
+                                break
+                            if time.monotonic() - fold.published_at > PUBLISH_INTERVAL_S * 4:
+                                await fold.publish(self._ttl_seconds)
+                    await fold.settle(followers)
+            except errors.LeaseHeld:
                 raise
             except errors.CommitConflict as error:
                 overtaken = error
                 continue
-            except BaseException:
-                for one in (fold, *followers):
-                    await one.abandon()
-                raise
             return folded
         assert overtaken is not None
         raise overtaken
+
+    @asynccontextmanager
+    async def _left_whole(
+        self, fold: TenantFold, followers: Sequence[TenantFold]
+    ) -> AsyncIterator[None]:
+        """Whatever ends a fold: what came before it is committed, and memory is what is committed
+        or empty.
+        """
+        try:
+            yield
+        except errors.LeaseHeld as error:
+            left_ms = error.facts["left_ms"]
+            assert isinstance(left_ms, int)
+            self._leases.lose(fold.tenant, fold.projection.name, left_ms)
+            raise
+        except errors.CommitConflict:
+            raise
+        except Exception:
+            for one in (fold, *followers):
+                await one.settle_or_forget()
+            fold.forget()
+            raise
+        except BaseException:
+            for one in (fold, *followers):
+                await one.abandon()
+            raise
 
     # -- for ever -----------------------------------------------------------------------------
 

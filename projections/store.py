@@ -157,7 +157,7 @@ class FoldStore:
         Raises:
             CommitConflict, LeaseHeld: one of them is gone, and another worker is at it.
         """
-        seen, found = await self._read_commit()
+        seen, found, self._snapshots = await self._read_commit()
         if found is not None:
             return found
         await self.discard(seen)
@@ -167,8 +167,10 @@ class FoldStore:
         """The same, and None where one of them is gone; nothing is changed."""
         return (await self._read_commit())[1]
 
-    async def _read_commit(self) -> tuple[bytes, tuple[Committed, dict[str, Any]] | None]:
-        """What is committed, as functions compare it; and the commit, where it is whole."""
+    async def _read_commit(
+        self,
+    ) -> tuple[bytes, tuple[Committed, dict[str, Any]] | None, list[Kept]]:
+        """What is committed, as functions compare it; the commit, where it is whole; snapshots."""
         read = pack("HMGET", self._key, "position", "build", STATE, STOPPED)
         # The list last: who adds to it after that moves the position, so no commit of ours lands.
         replies = await self._server.exchange(self._key, [read, pack("HGETALL", self._list)], 2)
@@ -176,11 +178,11 @@ class FoldStore:
         try:
             at = Position.parse(position.decode())
             why = stopped.decode() if stopped else None
-            self._snapshots = parse_list(listed)
+            snapshots = parse_list(listed)
             whole = Committed(at, build.decode(), why), orjson.loads(state)
         except (AttributeError, TypeError, ValueError):
-            return _as_compared(position, build), None
-        return _as_compared(position, build), whole
+            return _as_compared(position, build), None, []
+        return _as_compared(position, build), whole, snapshots
 
     async def position(self) -> Position | None:
         """Of the last commit; None where there is none, or somebody damaged it."""

@@ -89,6 +89,8 @@ class TenantFold:
         self._left: Committed | None = None
         self._head_seq = 0
         self._marked: str | None = None
+        self._shown: tuple[str, str] | None = None
+        """What readers were told last: at which commit it stopped, and why."""
         self._server = server
         self._walk: Walk | None = None
         self._entities: dict[str, dict[str, Any]] = {}
@@ -421,12 +423,13 @@ class TenantFold:
 
     async def show_stopped(self, reason: str, ttl_seconds: int) -> None:
         """Tells readers why what they read does not go on; the next publish takes it back."""
-        if self._marked == reason:
+        found = await self.store.whole_commit()
+        if found is None:
             return
-        found, left = await self.store.whole_commit(), self.committed or self._left
-        if found is None or left is None or found[0].token != left.token:
-            return  # others go on with it
         committed, state = found
+        left = self.committed or self._left or committed
+        if committed.token != left.token or self._shown == (committed.token, reason):
+            return  # others go on with it, or it is known
         try:
             await self.store.mark_stopped(committed, reason)
         except errors.CommitConflict as error:
@@ -434,7 +437,17 @@ class TenantFold:
             return
         if await self.standing() in (Standing.ACTIVE, Standing.PINNED):
             await self.store.publish(committed, state, ttl_seconds, stopped=reason)
-        self._marked = reason
+            await self._publish_last_copies(committed, ttl_seconds)
+        self._marked, self._shown = reason, (committed.token, reason)
+
+    async def _publish_last_copies(self, committed: Committed, ttl_seconds: int) -> None:
+        """Entities' copies come as far as what is committed, as nothing else will bring them."""
+        if self._copies is None or committed.position is None:
+            return
+        if self.committed is None:
+            self._copies.begin(committed.position.seq)
+        while self._copies.are_due:
+            await self._copies.publish(committed, {}, ttl_seconds, anew=False)
 
 
 def _seen(commit: asyncio.Future[Committed]) -> None:

@@ -5,9 +5,9 @@ import asyncio
 import orjson
 import pytest
 
-from ledger import EscalationResolved, Feedback, Ledger, Outcome
+from ledger import EscalationResolved, Feedback, Ledger, Outcome, errors, keys
 from ledger.stream import Entry
-from projections import Governance, Projector
+from projections import Governance, Projector, StateReader
 from projections.store import FoldStore, encode_entity
 from projections.tenant_fold import TenantFold
 from tests.test_projector import Counter, decision
@@ -206,3 +206,32 @@ async def test_page_is_folded_on_top_of_a_commit_that_is_under_way(ledger, tenan
     await fold.settle()
     followed = (await fold.store.load({"decision:d-0": 0}))["decision:d-0"]
     assert (fold.seq, followed["follow_ups"]) == (4, 3)
+
+
+async def test_every_projection_stops_where_the_first_one_does(ledger, tenant):
+    """Before a hole, what every projection folded is committed and published, agents' copies too,
+    with the reason; a worker that begins there finds it so.
+    """
+    receipts = await ledger.append_many(tenant, [decision(number) for number in range(30)])
+    await Projector(ledger).run_once([tenant])
+    receipts += await ledger.append_many(tenant, [decision(number) for number in range(30, 60)])
+    stream = keys.decisions(tenant)
+    await ledger.server.command(stream, "XDEL", stream, receipts[45].entry_id)
+    for _ in range(2):
+        projector = Projector(ledger)
+        with pytest.raises(errors.EntriesMissing):
+            await projector.run_once([tenant])
+        for name in ("governance", "agents"):
+            published = await projector.store(tenant, name).read_published()
+            assert (published.seq, published.stopped) == (45, "EntriesMissing")
+            committed = await projector.store(tenant, name).read_committed()
+            assert (committed.seq, committed.stopped) == (45, "EntriesMissing")
+        agent = await StateReader(ledger).agent(tenant, "a")
+        assert (agent.position.seq, agent.decisions.total) == (45, 45)
+        await forget_leases(ledger, tenant)
+
+
+async def forget_leases(ledger, tenant):
+    for name in ("governance", "agents"):
+        key = keys.lease(tenant, name, 1)
+        await ledger.server.command(key, "DEL", key)
