@@ -27,6 +27,7 @@ from ledger.settings import load_settings
 
 __all__ = [
     "AOF_DIR",
+    "RDB_HEADER_BYTES",
     "check_loadable",
     "copy_with_digest",
     "dump_time_ms",
@@ -46,7 +47,7 @@ NEWEST_REDIS_RDB: Final = 11
 AOF_DIR: Final = "appendonlydir"
 _BASE: Final = "appendonly.aof.1.base.rdb"
 _HEADER: Final = re.compile(rb"(REDIS|VALKEY)(\d{3,4})")
-_HEADER_BYTES: Final = 9
+RDB_HEADER_BYTES: Final = 9
 
 
 def is_dump(header: bytes) -> bool:

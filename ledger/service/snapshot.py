@@ -8,27 +8,30 @@ from INFO: `rdb_saves` and `rdb_last_save_time` have moved and `rdb_last_bgsave_
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import os
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
 
 from ledger import errors
 from ledger.server import Server
+from ledger.service.files import fsync_directory
 from ledger.service.inspection import config, info, server_now_ms
+from ledger.service.scratch import RDB_HEADER_BYTES, copy_with_digest, is_dump
 
 __all__ = [
     "Archived",
     "Retention",
     "Snapshot",
     "archive_snapshot",
+    "copy_saved",
     "is_local",
+    "saved_path",
     "superfluous",
     "take_snapshot",
 ]
@@ -36,8 +39,6 @@ __all__ = [
 POLL_S: Final = 0.05
 POLL_MAX_S: Final = 1.0
 SNAPSHOT_TIMEOUT_S: Final = 3600.0
-CHUNK_BYTES: Final = 1024 * 1024
-_MAGIC: Final = (b"REDIS", b"VALKEY")
 _NAME: Final = re.compile(r"dump-(\d{8}T\d{6}\d{3}Z)-[0-9a-f]{8}\.rdb")
 
 
@@ -76,42 +77,60 @@ class Retention:
 
 
 async def take_snapshot(
-    server: Server, key: str = "", *, timeout_s: float = SNAPSHOT_TIMEOUT_S
+    server: Server,
+    key: str = "",
+    *,
+    timeout_s: float = SNAPSHOT_TIMEOUT_S,
+    wait_out: bool = False,
 ) -> Snapshot | None:
-    """Saves the node of `key` to its own disk; None where a save is under way there already.
+    """Saves the node of `key` to its own disk.
+
+    Args:
+        server: whose node.
+        key: the node that holds it.
+        timeout_s: how long all of it may take.
+        wait_out: wait for the end of a save that is under way there already, and then save;
+            without it, return None.
 
     Raises:
         SnapshotFailed: the server could not save, restarted meanwhile, or took too long.
         Unavailable: the server cannot be asked.
     """
-    before = await _persistence(server, key)
-    begun, begun_ms = time.monotonic(), await server_now_ms(server, key)
-    if before["rdb_bgsave_in_progress"] != "0":
-        return None
-    while not await _begin(server, key):
-        _in_time(server, begun, timeout_s, "an AOF rewrite is in the way")
-        await asyncio.sleep(POLL_MAX_S)
-    pause_s = POLL_S
+    begun, pauses = time.monotonic(), _pauses()
     while True:
-        now = await _persistence(server, key)
-        if now["rdb_bgsave_in_progress"] == "0":
-            break
+        before, begun_ms = await _persistence(server, key), await server_now_ms(server, key)
+        if before["rdb_bgsave_in_progress"] == "0":
+            if await _begin(server, key, only_ours=wait_out):
+                break
+        elif not wait_out:
+            return None
+        _in_time(server, begun, timeout_s, "another save or an AOF rewrite is in the way")
+        await asyncio.sleep(next(pauses))
+    now, pauses = await _persistence(server, key), _pauses()
+    while now["rdb_bgsave_in_progress"] != "0":
         _in_time(server, begun, timeout_s, "BGSAVE goes on")
-        await asyncio.sleep(pause_s)
-        pause_s = min(POLL_MAX_S, pause_s * 1.5)
+        await asyncio.sleep(next(pauses))
+        now = await _persistence(server, key)
     _check_saved(server, before, now)
     taken_s = time.monotonic() - begun
-    path = await _dump_path(server, key)
+    path = await saved_path(server, key)
     return Snapshot(now["run_id"], begun_ms, taken_s, path, not is_local(server))
 
 
-async def _begin(server: Server, key: str) -> bool:
+def _pauses() -> Iterator[float]:
+    pause_s = POLL_S
+    while True:
+        yield pause_s
+        pause_s = min(POLL_MAX_S, pause_s * 1.5)
+
+
+async def _begin(server: Server, key: str, *, only_ours: bool) -> bool:
     """Whether a save has begun; not while the append-only file is rewritten."""
     try:
         await server.command(key, "BGSAVE")
     except errors.ServerError as error:
-        if "already in progress" in error.message:
-            return True  # begun since we looked, by us where the first answer was lost
+        if "already in progress" in error.message:  # begun since we looked, by whomever:
+            return not only_ours  # by us, where the first answer was lost
         if "child process is active" in error.message:
             return False
         raise errors.SnapshotFailed(f"BGSAVE was refused: {error.message}") from error
@@ -156,7 +175,8 @@ def is_local(server: Server) -> bool:
     )
 
 
-async def _dump_path(server: Server, key: str) -> Path | None:
+async def saved_path(server: Server, key: str = "") -> Path | None:
+    """Where the node of `key` puts its dump, on its own disk; None where CONFIG may not be read."""
     try:
         seen = await config(server, key, "dir", "dbfilename")
     except errors.PermissionDenied:
@@ -210,7 +230,8 @@ def _archive(
     path = directory / f"dump-{stamp}-{snapshot.run_id[:8]}.rdb"
     partial = path.with_suffix(".partial")
     try:
-        size, sha256 = _copy(source, partial, snapshot.begun_ms)
+        with source.open("rb") as dump:
+            size, sha256 = copy_saved(dump, source, partial, snapshot.begun_ms)
         _write(path.with_suffix(".rdb.sha256"), f"{sha256}  {path.name}\n".encode())
         partial.replace(path)  # last: a dump that is there has its digest
     finally:
@@ -222,34 +243,30 @@ def _archive(
         for one in directory.glob("dump-*.partial"):  # of a process that was killed
             if one.name[5:13] < f"{moment - timedelta(days=1):%Y%m%d}":
                 one.unlink(missing_ok=True)
-    _fsync_directory(directory)
+    fsync_directory(directory)
     return Archived(path, size, sha256)
 
 
-def _copy(source: Path, target: Path, begun_ms: int) -> tuple[int, str]:
-    """Size and SHA-256 of what was copied. An open dump stays as it is: a later save renames
-    another file over it.
+def copy_saved(dump: BinaryIO, source: Path, target: Path, begun_ms: int) -> tuple[int, str]:
+    """Copies an open dump to a new file; size and SHA-256 of what was copied. An open dump stays as
+    it is: a later save renames another file over it.
+
+    Raises:
+        SnapshotFailed: it is older than the save that was begun then, or no RDB file.
     """
-    digest, size = hashlib.sha256(), 0
-    with source.open("rb") as dump:
-        status = os.fstat(dump.fileno())
-        if status.st_mtime_ns // 1_000_000 < begun_ms - 2000:  # file systems round, clocks differ
-            raise errors.SnapshotFailed(
-                f"{source} is older than the snapshot just made: it is another server's",
-                hint="archive where the server's own disk is mounted under the same path",
-            )
-        with open(target, "xb", opener=_private) as copy:
-            while chunk := dump.read(CHUNK_BYTES):
-                if not size and not chunk.startswith(_MAGIC):
-                    raise errors.SnapshotFailed(f"{source} is no RDB file")
-                digest.update(chunk)
-                copy.write(chunk)
-                size += len(chunk)
-            copy.flush()
-            os.fsync(copy.fileno())
+    status = os.fstat(dump.fileno())
+    if status.st_mtime_ns // 1_000_000 < begun_ms - 2000:  # file systems round, clocks differ
+        raise errors.SnapshotFailed(
+            f"{source} is older than the snapshot just made: it is another server's",
+            hint="archive where the server's own disk is mounted under the same path",
+        )
+    if not is_dump(dump.read(RDB_HEADER_BYTES)):
+        raise errors.SnapshotFailed(f"{source} is no RDB file")
+    dump.seek(0)
+    size, sha256 = copy_with_digest(dump, target)
     if size != status.st_size:
         raise errors.SnapshotFailed(f"{source}: {size} bytes read of {status.st_size}")
-    return size, digest.hexdigest()
+    return size, sha256
 
 
 def _private(path: str, flags: int) -> int:
@@ -265,14 +282,6 @@ def _write(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
-
-
-def _fsync_directory(directory: Path) -> None:
-    fd = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def superfluous(names: Iterable[str], retention: Retention, now: datetime) -> list[str]:
