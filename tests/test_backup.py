@@ -52,6 +52,13 @@ async def state_of(ledger, tenant):
     return json.dumps((await StateReader(ledger).state(tenant)).value, sort_keys=True)
 
 
+def put_manifest(directory, raw):
+    """A manifest that somebody changed, and its digest too."""
+    (directory / "manifest.json").write_bytes(raw)
+    digest = hashlib.sha256(raw).hexdigest()
+    (directory / "manifest.json.sha256").write_text(f"{digest}  manifest.json\n")
+
+
 def leftovers(folder):
     return [path.name for path in folder.iterdir() if path.name.startswith(".")]
 
@@ -386,6 +393,8 @@ async def test_restore_refuses_what_is_not_right(small, tmp_path):
         lambda m: m.update(kind="magic"),
         lambda m: m.update(tenants=[{"tenant": "../../etc"}]),
         lambda m: m.update(tenants=[{"tenant": "a", "seq": "1"}]),
+        lambda m: m.update(surprise=1),
+        lambda m: m["tenants"][0].update(surprise=1),
         lambda m: m.update(dump_sha256=None),
         lambda m: m.update(dump_sha256="0" * 64),
         lambda m: m.pop("taken_at_ms"),
@@ -396,11 +405,54 @@ async def test_a_hostile_manifest_is_refused(small, tmp_path, change):
     path = small / "manifest.json"
     manifest = json.loads(path.read_text())
     change(manifest)
-    path.write_text(json.dumps(manifest))
+    put_manifest(small, json.dumps(manifest).encode())
     with pytest.raises((errors.InvalidBackup, errors.InvalidTenant)):
         make_plan(small, tmp_path / "d", Target())
-    path.write_bytes(b"\xff{")
+    put_manifest(small, b"\xff{")
     refused(small, tmp_path / "d", errors.InvalidBackup)
+
+
+async def test_a_flipped_bit_in_the_manifest_is_refused(small):
+    """Whichever bit of it is wrong, what the manifest says is not acted upon."""
+    path, sums = small / "manifest.json", small / "manifest.json.sha256"
+    good, digest = path.read_bytes(), sums.read_text()
+    assert digest == f"{hashlib.sha256(good).hexdigest()}  manifest.json\n"
+    for place in range(len(good)):
+        flipped = bytearray(good)
+        flipped[place] ^= 1 << place % 7
+        path.write_bytes(flipped)
+        with pytest.raises(errors.InvalidBackup, match="damaged"):
+            read_manifest(small)
+    path.write_bytes(good)
+    assert read_manifest(small).verified
+    sums.unlink()
+    with pytest.raises(errors.InvalidBackup, match=r"no manifest\.json\.sha256"):
+        read_manifest(small)
+
+
+async def test_a_manifest_cannot_hide_a_tenant(fresh_server, small, tmp_path):
+    """What is in a backup and not in its manifest is named, even where somebody mended the digest;
+    so is a tenant without its file.
+    """
+    server = fresh_server("redis8")
+    async with Ledger.connect(server.url) as ledger:
+        await ledger.append_many("acgs-dev", events(10))
+    manifest = await backed_up(server.url, tmp_path / "l", verify=False)
+    manifest.tenants[0].file_sha256 = None
+    put_manifest(tmp_path / "l", msgspec.json.encode(manifest))
+    refused(
+        tmp_path / "l", tmp_path / "d", errors.InvalidBackup, "acgs-dev has entries and no file"
+    )
+    manifest.tenants = []
+    put_manifest(tmp_path / "l", msgspec.json.encode(manifest))
+    refused(tmp_path / "l", tmp_path / "d", errors.InvalidBackup, "no such file")
+    manifest = read_manifest(small)
+    manifest.tenants = []
+    put_manifest(small, msgspec.json.encode(manifest))
+    for target in ({}, {"to_ms": manifest.taken_at_ms}):
+        with pytest.raises(errors.InvalidBackup, match="acgs-dev: it is in the snapshot"):
+            await restored(small, tmp_path / "d", **target)
+    assert not (tmp_path / "d").exists()
 
 
 @pytest.mark.parametrize(
@@ -417,7 +469,7 @@ async def test_a_restore_that_is_not_what_was_stated_is_refused(small, tmp_path,
     """Heads, counts and digests are compared after loading; where one differs nothing is put."""
     manifest = read_manifest(small)
     setattr(manifest.tenants[0], name, value)
-    (small / "manifest.json").write_bytes(msgspec.json.encode(manifest))
+    put_manifest(small, msgspec.json.encode(manifest))
     with pytest.raises(errors.InvalidBackup, match="not what the backup states"):
         await restored(small, tmp_path / "data")
     assert not (tmp_path / "data").exists()

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import secrets
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal, NamedTuple
@@ -27,6 +27,7 @@ from ledger.memory import iso_ms
 from ledger.server import Server
 from ledger.service.backup import (
     DUMP,
+    MANIFEST,
     TenantState,
     check_target,
     export_path,
@@ -193,7 +194,13 @@ def _plan_directory(source: Path, into: Path, target: Target) -> Plan:
         if dump is None and state.file_sha256 is not None:
             file = export_path(source, place, state.tenant)
             _check_digest(file, state.file_sha256)
+        elif dump is None and state.seq:
+            raise errors.InvalidBackup(
+                f"{source / MANIFEST}: tenant {state.tenant} has entries and no file",
+                hint="the manifest was changed: take another copy of the backup",
+            )
         tenants.append(PlannedTenant(state, file))
+    _check_nothing_else(source, tenants)
     return Plan(
         source,
         manifest.kind,
@@ -205,6 +212,17 @@ def _plan_directory(source: Path, into: Path, target: Target) -> Plan:
         dump,
         manifest.dump_sha256,
     )
+
+
+def _check_nothing_else(source: Path, tenants: Sequence[PlannedTenant]) -> None:
+    """Raises `InvalidBackup` for a tenant's file that no tenant of the manifest has."""
+    known = {one.file for one in tenants}
+    for file in sorted((source / "tenants").glob("*.ledger")):
+        if file not in known:
+            raise errors.InvalidBackup(
+                f"{file}: the manifest has no such file",
+                hint="take another copy of the backup, or restore this file by itself",
+            )
 
 
 def _plan_file(source: Path, into: Path, target: Target) -> Plan:
@@ -343,13 +361,24 @@ async def _whole(plan: Plan, partial: Path, data_dir: Path, say: Say) -> list[Re
         for tenant in stray:
             say(f"tenant {tenant} was not in the registry: now it is")
             await ledger.server.command(keys.TENANTS, "SADD", keys.TENANTS, tenant)
-        stated = {one.state.tenant: one.state for one in plan.tenants}
-        absent = stated.keys() - set(tenants)
-        if absent:
-            raise _not_as_stated(min(absent), "it is not in the snapshot")
+        stated = _stated(plan, tenants)
         return [
             await _whole_tenant(ledger, tenant, stated.get(tenant), plan, say) for tenant in tenants
         ]
+
+
+def _stated(plan: Plan, there: Iterable[str]) -> dict[str, TenantState]:
+    """What the backup states of each tenant, when these are the snapshot's tenants.
+
+    Raises:
+        InvalidBackup: it states one that is not there, or was verified without one that is.
+    """
+    stated, found = {one.state.tenant: one.state for one in plan.tenants}, set(there)
+    for tenant in sorted(stated.keys() - found):
+        raise _not_as_stated(tenant, "it is not in the snapshot")
+    for tenant in sorted(found - stated.keys() if plan.verified else ()):
+        raise _not_as_stated(tenant, "it is in the snapshot, and the manifest does not list it")
+    return stated
 
 
 async def _laid(plan: Plan, data_dir: Path) -> None:
@@ -426,11 +455,12 @@ async def _records(plan: Plan, partial: Path, data_dir: Path, say: Say) -> list[
 async def _exported(plan: Plan, partial: Path, say: Say) -> list[PlannedTenant]:
     """The tenants of a snapshot as files, by way of a scratch server."""
     say("loading the snapshot into a scratch server")
-    scratch_dir, stated = partial / "scratch", {one.state.tenant: one.state for one in plan.tenants}
+    scratch_dir = partial / "scratch"
     await _laid(plan, scratch_dir)
     files = []
     async with private_server(scratch_dir) as scratch:
         tenants, _ = await known_tenants(scratch.server)
+        stated = _stated(plan, tenants)
         for tenant in plan.target.to_seq:
             if tenant not in tenants:
                 raise errors.InvalidInput(f"to-seq: the backup has no tenant {tenant}")
