@@ -476,6 +476,30 @@ async def test_a_restore_that_is_not_what_was_stated_is_refused(small, tmp_path,
     assert leftovers(tmp_path) == []
 
 
+async def test_a_ledger_in_another_database_is_exported(fresh_server, tmp_path, caplog):
+    """A snapshot has every database and is read from 0 alone: so the backup of another one is
+    logical, and a dump that has other keys is never taken for all there is, or for empty.
+    """
+    server, into = fresh_server("valkey9"), tmp_path / "d"
+    async with Ledger.connect(f"{server.url}/3") as ledger:
+        await ledger.append_many("acgs-dev", events(10))
+        await ledger.server.command("", "BGSAVE")
+    done = await backed_up(f"{server.url}/3", tmp_path / "b")
+    assert (done.kind, done.verified) == ("logical", True)
+    assert done.why_logical == "the ledger is in database 3"
+    assert (await restored(tmp_path / "b", tmp_path / "data"))["acgs-dev"].seq == 10
+    await asyncio.to_thread(wait_until, (server.directory / "dump.rdb").exists, "the dump")
+    with pytest.raises(errors.InvalidBackup, match="keys in database 3"):
+        await restored(server.directory / "dump.rdb", into)
+    async with Ledger.connect(server.url) as ledger:
+        await ledger.append_many("other", events(1))
+    await backed_up(server.url, tmp_path / "whole")
+    assert set(await restored(tmp_path / "whole", into)) == {"other"}
+    assert "keys in database 3" in caplog.text
+    with pytest.raises(errors.InvalidSetting, match="takes no options"):
+        await Ledger.connect(f"{local(into)}?db=3")
+
+
 async def test_the_guides_dump_really_comes_back(small, tmp_path):
     """A dump.rdb alone, which a server with appendonly yes ignores, is restored."""
     guide = tmp_path / "guide"

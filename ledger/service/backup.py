@@ -158,7 +158,7 @@ def read_manifest(directory: Path) -> Manifest:
 
 
 def _checked_manifest(path: Path) -> bytes:
-    """The manifest's bytes, when they are those that were written: a flipped bit may hide a tenant."""
+    """The manifest's bytes as they were written: one flipped bit in them might hide a tenant."""
     try:
         with path.open("rb") as file:
             raw = file.read(MAX_MANIFEST_BYTES)
@@ -173,7 +173,7 @@ def _checked_manifest(path: Path) -> bytes:
     found = hashlib.sha256(raw).hexdigest()
     if found != stated:
         raise errors.InvalidBackup(
-            f"{path}: it is damaged: its SHA-256 is {found}, {_digest_path(path).name} has {stated!a}",
+            f"{path}: it is damaged: its SHA-256 is {found}, the file beside it says {stated!a}",
             hint="take another copy of the backup",
         )
     return raw

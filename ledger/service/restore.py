@@ -13,6 +13,8 @@ nothing reads and anybody may delete, and DATA_DIR as it was.
 
 from __future__ import annotations
 
+import logging
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -43,6 +45,7 @@ from ledger.service.files import (
     remove,
 )
 from ledger.service.importing import Cut, Imported, import_tenant
+from ledger.service.inspection import info
 from ledger.service.portable import MAGIC, ExportReader
 from ledger.service.scratch import (
     AOF_DIR,
@@ -66,6 +69,7 @@ ROOM_FACTOR: Final = 2.5
 HEADER_BYTES: Final = 512
 
 Say = Callable[[str], None]
+_log = logging.getLogger("ledger")
 
 
 @dataclass(frozen=True)
@@ -362,6 +366,7 @@ async def _whole(plan: Plan, partial: Path, data_dir: Path, say: Say) -> list[Re
             say(f"tenant {tenant} was not in the registry: now it is")
             await ledger.server.command(keys.TENANTS, "SADD", keys.TENANTS, tenant)
         stated = _stated(plan, tenants)
+        await _check_databases(ledger.server, plan, tenants)
         return [
             await _whole_tenant(ledger, tenant, stated.get(tenant), plan, say) for tenant in tenants
         ]
@@ -379,6 +384,23 @@ def _stated(plan: Plan, there: Iterable[str]) -> dict[str, TenantState]:
     for tenant in sorted(found - stated.keys() if plan.verified else ()):
         raise _not_as_stated(tenant, "it is in the snapshot, and the manifest does not list it")
     return stated
+
+
+async def _check_databases(server: Server, plan: Plan, tenants: Sequence[str]) -> None:
+    """A ledger that is in another database than 0 is not seen here: that must not look like none.
+
+    Raises:
+        InvalidBackup: there is nothing but such.
+    """
+    found = await info(server, "", "keyspace")
+    others = [name.removeprefix("db") for name in found if re.fullmatch(r"db[1-9]\d*", name)]
+    if not others:
+        return
+    what = f"{plan.dump}: it has keys in database {', '.join(others)} too"
+    remedy = "load it with a server and `govledger backup` that database: it is exported"
+    if not tenants:
+        raise errors.InvalidBackup(f"{what}, and no ledger in database 0", hint=remedy)
+    _log.warning("%s, where no ledger is looked for: %s", what, remedy)
 
 
 async def _laid(plan: Plan, data_dir: Path) -> None:
@@ -461,6 +483,7 @@ async def _exported(plan: Plan, partial: Path, say: Say) -> list[PlannedTenant]:
     async with private_server(scratch_dir) as scratch:
         tenants, _ = await known_tenants(scratch.server)
         stated = _stated(plan, tenants)
+        await _check_databases(scratch.server, plan, tenants)
         for tenant in plan.target.to_seq:
             if tenant not in tenants:
                 raise errors.InvalidInput(f"to-seq: the backup has no tenant {tenant}")
