@@ -28,7 +28,7 @@ from ledger.service.inspection import server_now_ms
 from ledger.service.jobs import JOBS, JobContext
 from ledger.settings import JobName
 
-__all__ = ["Run", "claim", "counts", "history", "last_runs", "perform", "running"]
+__all__ = ["Run", "claim", "claim_token", "counts", "history", "last_runs", "perform", "running"]
 
 RUNS_KEPT: Final = 100
 """Of each job."""
@@ -60,8 +60,20 @@ def worker_name() -> str:
 # -- slots ---------------------------------------------------------------------------------------
 
 
-async def claim(server: Server, job: str, slot_ms: int) -> bool:
-    """Whether this slot is ours, which at most one caller is ever told.
+def claim_token() -> str:
+    """Who asks for a slot; the same for each attempt to get it, and for nothing else."""
+    return f"{worker_name()}:{secrets.token_hex(8)}"
+
+
+async def claim(server: Server, job: str, slot_ms: int, token: str) -> bool:
+    """Whether this slot is ours, which the holder of at most one token is ever told.
+
+    Args:
+        server: where the slots are given.
+        job: whose slot.
+        slot_ms: which.
+        token: of `claim_token`: who asks again after `Unavailable` must ask with the same one,
+            since the slot may have been given to it.
 
     Raises:
         JobFailed: this machine's clock is ahead, so the slot has not come yet.
@@ -73,7 +85,7 @@ async def claim(server: Server, job: str, slot_ms: int) -> bool:
             f"{job}: this machine's clock is {ahead_ms / 1000:.0f} s or more ahead of the server's",
             hint="set the clock (NTP) here; other schedulers run the job meanwhile",
         )
-    key, token = keys.job_slot(job, slot_ms), f"{worker_name()}:{secrets.token_hex(8)}"
+    key = keys.job_slot(job, slot_ms)
     # A retry after a lost answer finds its own token there.
     holder = await server.command(
         key, "SET", key, token, "NX", "GET", "EX", keys.JOB_SLOT_TTL_SECONDS
@@ -83,7 +95,9 @@ async def claim(server: Server, job: str, slot_ms: int) -> bool:
     newest = await server.command(keys.JOBS_CLAIMED, "ZSCORE", keys.JOBS_CLAIMED, job)
     # Nobody can have claimed what is still to come: that was written by other hands.
     possible = newest is not None and float(newest) <= slot_ms - ahead_ms + SLOT_AHEAD_LIMIT_MS
-    if possible and float(newest) >= slot_ms:
+    # While no claim of this slot can have expired, our token there says that nobody else had it.
+    had = holder is not None and -ahead_ms < keys.JOB_SLOT_TTL_SECONDS * 1000 - SLOT_AHEAD_LIMIT_MS
+    if possible and (float(newest) > slot_ms or (float(newest) == slot_ms and not had)):
         return False
     only_up = ("GT",) if possible or newest is None else ()
     await server.command(keys.JOBS_CLAIMED, "ZADD", keys.JOBS_CLAIMED, *only_up, slot_ms, job)
@@ -100,7 +114,9 @@ async def perform(context: JobContext, job: JobName, slot_ms: int | None = None)
         CancelledError: it was stopped; that is recorded too.
         Unavailable: nobody could be told that it begins; then it did not run.
     """
-    server, run_id = context.ledger.server, secrets.token_hex(8)
+    server = context.ledger.server
+    # A slot's run that is begun again, since the answer was lost, is the same run.
+    run_id = secrets.token_hex(8) if slot_ms is None else f"{job}:{slot_ms}"
     begun = Run(job, "running", worker_name(), slot_ms, await server_now_ms(server), None, {})
     fields = (run_id, orjson.dumps(asdict(begun)))
     await server.command(keys.JOBS_RUNNING, "HSET", keys.JOBS_RUNNING, *fields)
