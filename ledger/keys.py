@@ -96,6 +96,9 @@ JOBS_LAST: Final = f"{LEDGER}:_:jobs:last"
 JOB_COUNTS: Final = f"{LEDGER}:_:jobs:counts"
 """Hash: `<job> <status>` → how many runs have ended so."""
 
+ARCHIVE_OWNER: Final = f"{LEDGER}:_:archive:owner"
+"""String: whose a copied dump is, in its name; made once. A restored server has none at first."""
+
 HEALTH_SAMPLES: Final = f"{LEDGER}:_:health:samples"
 """Stream of what the health job saw of the server; capped."""
 

@@ -15,7 +15,13 @@ from ledger import Decision, EscalationResolved, Ledger, errors, keys
 from ledger.service.cleanup import Cleanup, unlink
 from ledger.service.expiry import Expiry, expiry_event
 from ledger.service.jobs import JOBS, Archive, JobContext
-from ledger.service.snapshot import Retention, archive_snapshot, superfluous, take_snapshot
+from ledger.service.snapshot import (
+    Retention,
+    archive_owner,
+    archive_snapshot,
+    superfluous,
+    take_snapshot,
+)
 from projections import Projector, StateReader
 from projections.governance import Governance
 from projections.governance_state import PENDING_LIMIT
@@ -214,6 +220,41 @@ async def test_a_snapshot_under_way_is_left_to_end(fresh_server, tenant):
         assert await take_snapshot(ledger.server) is None
 
 
+async def test_an_archive_gets_its_copy_while_others_save(fresh_server, tmp_path, tenant):
+    """With an archive the job waits for the end of another save, and then makes its own."""
+    own = fresh_server()
+    async with Ledger.connect(own.url) as ledger:
+        await ledger.append(tenant, escalation("d"))
+        own.cli("CONFIG", "SET", "rdb-key-save-delay", 50_000)
+        own.cli("BGSAVE")
+        told = await JOBS["snapshot"](JobContext(ledger, Archive(tmp_path / "a")))
+        assert own.cli("INFO", "persistence")["rdb_saves"] == 2
+    check_copy(Path(told["file"]), own.directory / "dump.rdb", told["sha256"])
+
+
+async def test_a_server_keeps_to_its_own_copies(fresh_server, tmp_path, tenant):
+    """Two servers with one directory leave each other's copies alone, a restarted one knows its
+    own, and the copy just made stays where a wrong clock made others later.
+    """
+    first, second = fresh_server(), fresh_server()
+    context_of = lambda ledger: JobContext(ledger, Archive(tmp_path, Retention(1, 0)))  # noqa: E731
+    async with Ledger.connect(first.url) as ledger:
+        await JOBS["snapshot"](context_of(ledger))
+        owner = await archive_owner(ledger.server)
+        ahead = tmp_path / f"dump-20990101T000000000Z-{owner}-0123abcd.rdb"
+        ahead.write_bytes(b"REDIS0011")
+    async with Ledger.connect(second.url) as ledger:
+        other = Path((await JOBS["snapshot"](context_of(ledger)))["file"])
+        await ledger.server.command("", "SET", keys.ARCHIVE_OWNER, "../../x")
+        with pytest.raises(errors.SnapshotFailed, match="nobody of us wrote"):
+            await archive_owner(ledger.server)
+    first.kill()
+    first.restart()
+    async with Ledger.connect(first.url) as ledger:
+        made = Path((await JOBS["snapshot"](context_of(ledger)))["file"])
+    assert set(tmp_path.glob("*.rdb")) == {made, other}
+
+
 async def test_a_snapshot_waits_for_a_rewrite(fresh_server, server, tenant):
     """While the append-only file is rewritten BGSAVE is refused; the job waits and then saves."""
     own = fresh_server(server.kind)
@@ -250,47 +291,58 @@ async def test_an_archive_out_of_reach_is_an_error(fresh_server, tmp_path):
     async with Ledger.connect(url) as ledger:
         taken = await take_snapshot(ledger.server)
         with pytest.raises(errors.SnapshotFailed, match="CONFIG is denied"):
-            await archive_snapshot(taken, tmp_path)
+            await archive_snapshot(taken, tmp_path, owner="0123abcd")
     async with Ledger.connect(own.url) as ledger:
         taken = await take_snapshot(ledger.server)
+        below = own.directory / "dump.rdb" / "below a file"
         with pytest.raises(errors.SnapshotFailed, match=r"cannot be copied out.*must run where"):
-            await archive_snapshot(taken, own.directory / "dump.rdb" / "below a file")
+            await archive_snapshot(taken, below, owner="0123abcd")
         taken.path.write_bytes(b"no dump")
         with pytest.raises(errors.SnapshotFailed, match="no RDB file"):
-            await archive_snapshot(taken, tmp_path / "archive")
+            await archive_snapshot(taken, tmp_path / "archive", owner="0123abcd")
         assert list((tmp_path / "archive").iterdir()) == []
 
 
-def copies_at(*moments: str) -> list[str]:
-    return [f"dump-{moment}-0123abcd.rdb" for moment in moments]
+def copies_at(*moments: str, owner: str = "89abcdef") -> list[str]:
+    return [f"dump-{moment}-{owner}-0123abcd.rdb" for moment in moments]
 
 
 def test_retention_keeps_the_newest_and_one_a_day():
-    """The newest N stay, of each of the last days the newest, and what is not ours always."""
+    """The newest N stay, of each of the last days the newest, and what is not this owner's always;
+    a copy of a time to come goes first.
+    """
     now = datetime(2026, 3, 10, 12, tzinfo=UTC)
     new = copies_at("20260310T110000000Z", "20260310T100000000Z", "20260310T090000000Z")
     yesterday = copies_at("20260309T230000000Z", "20260309T010000000Z")
     old = copies_at("20260101T000000000Z")
-    foreign = ["dump.rdb", "dump-20260101T000000000Z-0123abcd.rdb.sha256", "../x", "notes"]
+    ahead = copies_at("20260310T120900000Z", "20300101T000000000Z")
+    others = copies_at("20260101T000000000Z", "20300101T000000000Z", owner="01234567")
+    foreign = ["dump.rdb", f"{old[0]}.sha256", "../x", "notes", *others]
     names = [*new, *yesterday, *old, *foreign]
-    assert superfluous(names, Retention(2, 7), now) == sorted([new[2], yesterday[1], *old])
-    assert superfluous(names, Retention(2, 0), now) == sorted([new[2], *yesterday, *old])
-    assert superfluous(old, Retention(1, 0), now) == []
+    assert superfluous(names, new[0], Retention(2, 7), now) == sorted([new[2], yesterday[1], *old])
+    assert superfluous(names, new[0], Retention(2, 0), now) == sorted([new[2], *yesterday, *old])
+    assert superfluous(old, old[0], Retention(1, 0), now) == []
+    assert superfluous([*names, *ahead], new[0], Retention(6, 7), now) == sorted(ahead)
+    assert superfluous([*ahead, new[0]], new[0], Retention(2, 7), now) == [ahead[0]]
+    assert superfluous([*ahead, new[0]], ahead[0], Retention(1, 0), now) == [ahead[1]]
 
 
 @given(
-    st.lists(st.dates(date(2026, 1, 1), date(2026, 3, 1)), max_size=40),
+    st.lists(st.dates(date(2026, 1, 1), date(2026, 3, 9)), min_size=1, max_size=40),
+    st.data(),
     st.integers(1, 10),
     st.integers(0, 40),
 )
-def test_retention_never_empties_the_archive(moments, last, days):
-    """Whatever the rule is, the newest copy stays, and a second look removes nothing more."""
+def test_retention_never_takes_the_copy_just_made(moments, data, last, days):
+    """Whatever the rule and the clocks are, it and enough others stay, and a second look removes
+    nothing more.
+    """
     names = copies_at(*(f"{moment:%Y%m%d}T12{n:02}00000Z" for n, moment in enumerate(moments)))
-    gone = superfluous(names, Retention(last, days), datetime(2026, 3, 1, tzinfo=UTC))
-    left = set(names) - set(gone)
-    assert not names or max(names) in left
+    made, now = data.draw(st.sampled_from(names)), datetime(2026, 3, 1, tzinfo=UTC)
+    left = set(names) - set(superfluous(names, made, Retention(last, days), now))
+    assert made in left
     assert len(left) >= min(last, len(set(names)))
-    assert superfluous(left, Retention(last, days), datetime(2026, 3, 1, tzinfo=UTC)) == []
+    assert superfluous(left, made, Retention(last, days), now) == []
 
 
 # -- cleanup -------------------------------------------------------------------------------------

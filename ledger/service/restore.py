@@ -367,6 +367,8 @@ async def _whole(plan: Plan, partial: Path, data_dir: Path, say: Say) -> list[Re
             await ledger.server.command(keys.TENANTS, "SADD", keys.TENANTS, tenant)
         stated = _stated(plan, tenants)
         await _check_databases(ledger.server, plan, tenants)
+        # Another server from now on: it must not thin out the archive of the one it was.
+        await ledger.server.command(keys.ARCHIVE_OWNER, "UNLINK", keys.ARCHIVE_OWNER)
         return [
             await _whole_tenant(ledger, tenant, stated.get(tenant), plan, say) for tenant in tenants
         ]
