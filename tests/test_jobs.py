@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from ledger import Decision, EscalationResolved, Ledger, errors, keys
 from ledger.service.cleanup import Cleanup, unlink
-from ledger.service.expiry import Expiry, expiry_event
+from ledger.service.expiry import APPENDS_AT_ONCE, Expiry, expiry_event
 from ledger.service.jobs import JOBS, Archive, JobContext
 from ledger.service.snapshot import (
     Retention,
@@ -25,6 +25,7 @@ from ledger.service.snapshot import (
 from projections import Projector, StateReader
 from projections.governance import Governance
 from projections.governance_state import PENDING_LIMIT
+from projections.pending import Pending
 from tests.servers import new_tenant
 
 LONG_AGO = datetime(2026, 1, 1, tzinfo=UTC)
@@ -119,17 +120,46 @@ async def test_several_at_once_expire_each_escalation_once(ledger, tenant):
         await one.aclose()
 
 
-async def test_a_taken_id_fails_loudly_and_alone(ledger, tenant):
-    """Where another event has the expiry's id, the rest expires all the same."""
+async def test_a_taken_id_keeps_nothing_open(ledger, tenant):
+    """Where another event has the expiry's id, the escalation expires under a second one, once."""
     taken = Decision(id="expire:taken", agent="a", action="b", verdict="allow")
-    await ledger.append_many(tenant, [escalation("taken"), taken, escalation("free")])
-    other = new_tenant()
-    await ledger.append(other, escalation("other"))
+    await ledger.append_many(tenant, [escalation("taken"), taken])
     await Projector(ledger).run_once()
-    with pytest.raises(errors.JobFailed, match=f"1 of 2 tenants.*{tenant}"):
-        await Expiry(ledger).run()
-    assert (await ledger.get(tenant, "expire:free")).type == "escalation.resolved"
-    assert (await ledger.get(other, "expire:other")).type == "escalation.resolved"
+    assert (await Expiry(ledger).run())["expired"] == 1
+    assert (await Expiry(ledger).run())["expired"] == 0
+    (resolved,) = await entries(ledger, tenant, "escalation.resolved")
+    assert resolved["id"] == expiry_event("taken", 0, fallback=True).id
+    await Projector(ledger).run_once()
+    assert (await Expiry(ledger).run())["expired"] == 0
+    state = (await StateReader(ledger).state(tenant)).value
+    assert (state["escalations"]["pending"], state["counts"]["conflicts"]["total"]) == (0, 0)
+
+
+async def test_ids_that_are_all_taken_fail_loudly_and_alone(ledger, tenant):
+    """Where both ids are another event's the job fails, and all others of the tenant expire."""
+    names = [f"d-{n}" for n in range(APPENDS_AT_ONCE + 2)]
+    for event_id in (f"expire:{names[0]}", expiry_event(names[0], 0, fallback=True).id):
+        taken = Decision(id=event_id, agent="a", action="b", verdict="allow")
+        await ledger.append(tenant, taken)
+    await ledger.append_many(tenant, [escalation(name) for name in names])
+    await Projector(ledger).run_once()
+    expiry = Expiry(ledger)
+    with pytest.raises(errors.JobFailed, match=f"1 of 1 tenants.*{tenant}") as caught:
+        await expiry.run()
+    assert caught.value.facts["expired"] == len(names) - 1
+    assert len(await entries(ledger, tenant, "escalation.resolved")) == len(names) - 1
+    with pytest.raises(errors.JobFailed):  # until somebody resolves it
+        await expiry.run()
+
+
+async def test_an_expiry_of_another_release_is_no_reason_for_a_second(ledger, tenant):
+    """Where the id resolves the same decision with other bytes, nothing more is recorded."""
+    await ledger.append(tenant, escalation("over"))
+    await Projector(ledger).run_once([tenant])
+    expiry, resolving = Expiry(ledger), expiry_event("over", 0)
+    await ledger.append(tenant, resolving.model_copy(update={"reason": "x"}))
+    assert await expiry._resolve(tenant, Pending("over", 0)) is False
+    assert len(await entries(ledger, tenant, "escalation.resolved")) == 1
 
 
 @pytest.mark.parametrize(
