@@ -219,6 +219,19 @@ def snapshot(tenant: str, name: str, version: int, seq: int) -> str:
     return f"{snapshots(tenant, name, version)}:{seq}"
 
 
+_OF_FOLD: Final = re.compile(
+    re.escape(LEDGER.encode())
+    + rb":\{([A-Za-z0-9][A-Za-z0-9._-]{0,63})\}:(?:projection|snapshot):([A-Za-z0-9_-]{1,64})@"
+    rb"(\d{1,9})(?::rebuild)?(?::\d{1,16})?"
+)
+
+
+def fold_of_key(key: bytes) -> tuple[str, str, int] | None:
+    """Tenant, projection and version whose fold or snapshot a key has; None for any other key."""
+    found = _OF_FOLD.fullmatch(key)
+    return None if found is None else (found[1].decode(), found[2].decode(), int(found[3]))
+
+
 def evidence_checkpoints(tenant: str) -> str:
     """Stream, capped: copies of the latest signed checkpoints; entry id `<tree size>-<copy>`."""
     return f"{LEDGER}:{{{tenant}}}:evidence:checkpoints"

@@ -555,6 +555,59 @@ async def test_a_foreign_function_library_is_replaced(fresh_server, tmp_path):
         assert (await ledger.head("acgs-dev")).epoch == found["acgs-dev"].epoch
 
 
+class Streak:
+    """A projection of one's own."""
+
+    name, version = "streak", 1
+
+    def names(self, _entry):
+        return ()
+
+    def apply(self, entities, _entry, _subject):
+        entities.setdefault("state", {"seen": 0})["seen"] += 1
+
+    def quarantined(self, entities, entry):
+        """Nothing to count."""
+
+    def view(self, state):
+        return state
+
+
+async def test_a_fold_that_nobody_here_knows_is_left_out(
+    fresh_server, tmp_path, monkeypatch, caplog
+):
+    """Restored without GOVLEDGER_PROJECTIONS, a projection of one's own is named and not there;
+    with it again it is folded from the first entry, and everything else was there all the time.
+    """
+    server = fresh_server()
+    monkeypatch.setenv("GOVLEDGER_PROJECTIONS", "tests.test_backup:Streak")
+    async with Ledger.connect(server.url) as ledger:
+        await ledger.append_many("acgs-dev", events(10))
+        await Projector(ledger).run_once()
+        await ledger.memory.set("acgs-dev:other:state", 1)
+        fold = keys.projection("acgs-dev", "governance", 99)
+        await ledger.server.command("", "HSET", fold, "position", "ab/1/1-1")
+        active = keys.projection_active("acgs-dev")
+        await ledger.server.command("", "HSET", active, "streak", "1", "agents", "1")
+        await ledger.server.command(
+            "", "HSET", keys.projection_quarantine("acgs-dev"), "streak@1:3", "x", "agents@1:3", "x"
+        )
+    await backed_up(server.url, tmp_path / "b", verify=False)
+    monkeypatch.delenv("GOVLEDGER_PROJECTIONS")
+    await restored(tmp_path / "b", tmp_path / "data")
+    assert "the state of governance@99, streak@1 is left out" in caplog.text
+    async with private_server(tmp_path / "data") as ledger:
+        there = await ledger.server.command("", "KEYS", "*")
+        assert [key for key in there if b"streak" in key or b"@99" in key] == []
+        assert set(await ledger.server.command("", "HKEYS", active)) == {b"agents", b"governance"}
+        assert await ledger.memory.get("acgs-dev:other:state") == 1
+        assert (await StateReader(ledger).state("acgs-dev")).seq == 10
+    monkeypatch.setenv("GOVLEDGER_PROJECTIONS", "tests.test_backup:Streak")
+    async with private_server(tmp_path / "data") as ledger:
+        await Projector(ledger).run_once()
+        assert (await StateReader(ledger).state("acgs-dev", "streak")).value == {"seen": 10}
+
+
 @pytest.mark.parametrize("command", ["backup", "restore"])
 async def test_a_killed_command_leaves_no_half_result(source, small, tmp_path, spawn, command):
     """Kill -9 at any moment: the target is not there, and the next run makes it."""

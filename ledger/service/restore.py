@@ -57,6 +57,7 @@ from ledger.service.scratch import (
     lay_dump,
     private_server,
 )
+from ledger.service.unknown_folds import forget_unknown_folds
 from ledger.stream import Head
 from projections import Projector
 from projections.store import FoldStore
@@ -369,6 +370,13 @@ async def _whole(plan: Plan, partial: Path, data_dir: Path, say: Say) -> list[Re
         await _check_databases(ledger.server, plan, tenants)
         # Another server from now on: it must not thin out the archive of the one it was.
         await ledger.server.command(keys.ARCHIVE_OWNER, "UNLINK", keys.ARCHIVE_OWNER)
+        unknown = await forget_unknown_folds(ledger)
+        if unknown:
+            _log.warning(
+                "the state of %s is left out, since nothing here folds it: name a projection of "
+                "your own in GOVLEDGER_PROJECTIONS, and `govledger project` folds it anew",
+                ", ".join(unknown),
+            )
         return [
             await _whole_tenant(ledger, tenant, stated.get(tenant), plan, say) for tenant in tenants
         ]
