@@ -18,9 +18,10 @@ import pytest
 from ledger import Ledger, errors, keys
 from ledger.embedded import EmbeddedServer, is_running
 from ledger.service import backup as backups
-from ledger.service import portable
+from ledger.service import portable, scratch
 from ledger.service.backup import make_backup, read_manifest
 from ledger.service.cli import app
+from ledger.service.files import create_file, disk_errors_named
 from ledger.service.restore import Target, make_plan, restore
 from ledger.service.scratch import private_server
 from projections import Projector, StateReader
@@ -518,13 +519,63 @@ async def test_the_guides_dump_really_comes_back(small, tmp_path):
 
 
 async def test_a_snapshot_that_does_not_load_leaves_nothing(small, tmp_path):
-    """A truncated dump is refused by the server that was to load it, with its log."""
+    """A truncated dump is refused in one line, by what the server says that was to load it."""
     dump = small / "dump.rdb"
     dump.write_bytes(dump.read_bytes()[:-40])
-    with pytest.raises(errors.EmbeddedServerError, match="RDB"):
-        await restored(dump, tmp_path / "data")
+    for target in ({}, {"to_ms": 1}):
+        with pytest.raises(errors.InvalidBackup, match=r"dump\.rdb: .* RDB") as caught:
+            await restored(dump, tmp_path / "data", **target)
+        assert "\n" not in caught.value.message
     assert not (tmp_path / "data").exists()
     assert leftovers(tmp_path) == []
+
+
+async def test_a_private_server_that_dies_is_named(tmp_path, monkeypatch):
+    """What is said then is of that server, with what it said last, and not of REDIS_URL."""
+    monkeypatch.setenv("MEMORY_MAX_RECONNECT_ATTEMPTS", "0")
+    data_dir = tmp_path / "x" / "data"
+
+    async def used(*, kill):
+        async with private_server(data_dir) as ledger:
+            if kill:
+                os.kill(is_running(data_dir).pid, signal.SIGKILL)
+            await ledger.get("acgs-dev", "none")
+
+    with pytest.raises(errors.NotFound):
+        await used(kill=False)
+    with pytest.raises(errors.EmbeddedServerError, match=f"{tmp_path}: the private server.*ended"):
+        await used(kill=True)
+    log = tmp_path / "valkey.log"
+    log.write_text(
+        "1:M 24 Nov 2026 19:19:58.134 # WARNING Memory overcommit must be enabled!\n"
+        "1:M 24 Nov 2026 19:19:58.134 * Ready # not a warning\n"
+        "1:M 24 Nov 2026 19:19:58.135 # Error writing: No space left on device\n"
+        "1:M 24 Nov 2026 19:19:58.136 # Exiting\n"
+    )
+    assert scratch._last_words(tmp_path) == "Error writing: No space left on device"
+    assert "make room" in scratch._ended(tmp_path).hint
+
+
+def test_a_full_disk_is_named(tmp_path, no_room):
+    """Where a file cannot be written the error has its place and a way out, and nothing is left."""
+    with (
+        pytest.raises(errors.InvalidInput, match=r"/here: .*No space left") as caught,
+        disk_errors_named(Path("/here")),
+        Path("/dev/full").open("wb") as full,
+    ):
+        full.write(b"x")
+    assert "make room" in caught.value.hint
+    file = tmp_path / "file"
+    with (
+        pytest.raises(errors.InvalidInput, match=f"{file}: .*File too large"),
+        no_room(),
+        disk_errors_named(file),
+        create_file(file) as opened,
+    ):
+        opened.write(b"x")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(FileNotFoundError), disk_errors_named(tmp_path):
+        file.read_bytes()
 
 
 async def test_of_two_restores_at_once_one_is_put(small, tmp_path):
@@ -642,11 +693,16 @@ async def test_a_killed_command_leaves_no_half_result(source, small, tmp_path, s
 
 @pytest.mark.parametrize(
     "at",
-    ["backup /scratch/valkey.sock", "restore /data", "restore /data/valkey.sock"],
+    [
+        "130 backup /scratch/valkey.sock",
+        "143 backup /scratch/valkey.sock",
+        "130 restore /data",
+        "143 restore /data/valkey.sock",
+    ],
 )
-async def test_ctrl_c_leaves_nothing(source, small, tmp_path, spawn, at):
+async def test_ctrl_c_and_sigterm_leave_nothing(source, small, tmp_path, spawn, at):
     """An interrupted command stops the server it began and removes what it made."""
-    command, sign = at.split()
+    code_then, command, sign = at.split()
     async with source() as (server, _ledger):
         target = tmp_path / "target"
         arguments = ["backup"] if command == "backup" else ["restore", small, "--into"]
@@ -656,9 +712,9 @@ async def test_ctrl_c_leaves_nothing(source, small, tmp_path, spawn, at):
             cwd=tmp_path,
         )
         await asyncio.to_thread(wait_until, lambda: _is_at(tmp_path, sign), sign)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(int(code_then) - 128)
         code = await asyncio.to_thread(process.wait, 30)
-        assert code == 130 or (code == 0 and target.exists())  # it was faster than we
+        assert code == int(code_then) or (code == 0 and target.exists())  # it was faster than we
         assert leftovers(tmp_path) == []
 
 
@@ -749,6 +805,7 @@ def test_point_in_time_by_command(small_command, tmp_path):
     for arguments in (
         ["--to-seq", "acgs-dev"],
         ["--to-seq", "acgs-dev:-1"],
+        ["--to-seq", "acgs-dev:5", "--to-seq", "acgs-dev:3"],
         ["--to", "yesterday"],
         ["--to", "2026-01-01", "--to-seq", "acgs-dev:1"],
         ["--to", "2099-01-01"],

@@ -313,6 +313,15 @@ async def test_a_restart_in_the_middle_is_an_error(fresh_server, tenant):
             await saving
 
 
+async def test_an_archive_without_room_is_an_error(fresh_server, tmp_path, no_room):
+    """Where the copy cannot be written its directory is named, and nothing is left there."""
+    async with Ledger.connect(fresh_server().url) as ledger:
+        taken = await take_snapshot(ledger.server)
+        with no_room(), pytest.raises(errors.SnapshotFailed, match=f"{tmp_path}/a: File too large"):
+            await archive_snapshot(taken, tmp_path / "a", owner="0123abcd")
+    assert list((tmp_path / "a").iterdir()) == []
+
+
 async def test_an_archive_out_of_reach_is_an_error(fresh_server, tmp_path):
     """No right to ask where the dump is, no dump there, or no RDB file: each says what to do."""
     own = fresh_server()

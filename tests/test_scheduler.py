@@ -9,6 +9,7 @@ import signal
 import subprocess
 import time
 from collections import Counter
+from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 
@@ -20,7 +21,7 @@ from ledger import Decision, Ledger, errors, keys
 from ledger.service import runs as runs_module
 from ledger.service import scheduler as schedulers
 from ledger.service.jobs import JobContext
-from ledger.service.runs import claim_token, history, last_runs, running
+from ledger.service.runs import claim_token, counts, history, last_runs, running
 from ledger.service.scheduler import Scheduler, latest_slot, trigger_of
 from ledger.settings import DEFAULT_JOBS, JobSchedule, load_settings
 from projections import Projector
@@ -175,6 +176,15 @@ async def test_junk_among_the_runs_is_left_out(fresh_server):
                 await ledger.server.command("", "HSET", key, f"junk {raw}", raw)
         await ledger.server.command("", "HSET", keys.JOB_COUNTS, "health ok", "many")
         await ledger.server.command("", "HSET", keys.JOB_COUNTS, "junk", "-1")
+        for name in ("junk ok", "health junk", "health", "health ok ok"):
+            await ledger.server.command("", "HSET", keys.JOB_COUNTS, name, "7")
+        await ledger.server.command("", "HSET", keys.JOB_COUNTS, "health failed", "9" * 5000)
+        (kept,) = (await last_runs(ledger.server)).values()
+        for change in ({"job": "junk"}, {"status": "junk"}):
+            raw = json.dumps(asdict(kept) | change)
+            await ledger.server.command("", "HSET", keys.JOBS_LAST, f"{change}", raw)
+        assert await last_runs(ledger.server) == {"health": kept}
+        assert await counts(ledger.server) == {}
     done = run(server.url, "jobs", "--json")
     assert done.code == 0, done.err
     listed = {line["job"]: line for line in done.lines}

@@ -216,6 +216,7 @@ async def make_backup(ledger: Ledger, directory: Path, *, verify: bool, say: Say
         TargetExists: there is something already.
         InvalidBackup: the copy is not what the server has.
         ServerBusy: the server could not save.
+        EmbeddedServerError: the scratch server ended, as where the disk is full.
     """
     directory, partial = await in_thread(_begin, directory)
     try:
@@ -349,7 +350,7 @@ class _Backup:
     async def _verify(self, manifest: Manifest) -> None:
         if manifest.kind == "snapshot":
             await in_thread(lay_dump, self._partial / DUMP, self._scratch)
-            async with private_server(self._scratch) as scratch:
+            async with private_server(self._scratch, self._partial / DUMP) as scratch:
                 await self._verify_snapshot(manifest, scratch.server)
         else:
             async with private_server(self._scratch) as scratch:

@@ -318,7 +318,8 @@ class _Import:
         try:
             await self._call("import_discard")
         except errors.LedgerError as error:
-            _log.warning("tenant %s: parts of an import are left: %s", self.done.tenant, error)
+            tenant, why = self.done.tenant, error.message
+            _log.warning("tenant %s: parts of an import are left: %s", tenant, why)
 
 
 def _incident_until(incident: Incident, done: Imported) -> Incident | None:

@@ -333,7 +333,7 @@ async def restore(plan: Plan, say: Say) -> list[Restored]:
     Raises:
         InvalidBackup: what was restored is not what the backup states.
         TargetExists: somebody put something at DATA_DIR meanwhile.
-        EmbeddedServerError: the server does not start on the snapshot; the message has its log.
+        EmbeddedServerError: the server does not start, or ended in the middle: the disk is full.
     """
     plan.into.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_path(plan.into)
@@ -361,7 +361,7 @@ async def _whole(plan: Plan, partial: Path, data_dir: Path, say: Say) -> list[Re
     del partial
     say("laying the snapshot, and starting a server on it")
     await _laid(plan, data_dir)
-    async with private_server(data_dir) as ledger:
+    async with private_server(data_dir, plan.dump) as ledger:
         tenants, stray = await known_tenants(ledger.server)
         for tenant in stray:
             say(f"tenant {tenant} was not in the registry: now it is")
@@ -490,7 +490,7 @@ async def _exported(plan: Plan, partial: Path, say: Say) -> list[PlannedTenant]:
     scratch_dir = partial / "scratch"
     await _laid(plan, scratch_dir)
     files = []
-    async with private_server(scratch_dir) as scratch:
+    async with private_server(scratch_dir, plan.dump) as scratch:
         tenants, _ = await known_tenants(scratch.server)
         stated = _stated(plan, tenants)
         await _check_databases(scratch.server, plan, tenants)

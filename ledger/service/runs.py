@@ -30,6 +30,13 @@ from ledger.settings import JobName
 
 __all__ = ["Run", "claim", "claim_token", "counts", "history", "last_runs", "perform", "running"]
 
+RUNNING: Final = "running"
+ENDS: Final = ("ok", "skipped", "failed", "stopped")
+"""How a run can end."""
+
+COUNT_DIGITS: Final = 19
+"""Of what HINCRBY can count to."""
+
 RUNS_KEPT: Final = 100
 """Of each job."""
 SLOT_AHEAD_LIMIT_MS: Final = 30_000
@@ -117,7 +124,7 @@ async def perform(context: JobContext, job: JobName, slot_ms: int | None = None)
     server = context.ledger.server
     # A slot's run that is begun again, since the answer was lost, is the same run.
     run_id = secrets.token_hex(8) if slot_ms is None else f"{job}:{slot_ms}"
-    begun = Run(job, "running", worker_name(), slot_ms, await server_now_ms(server), None, {})
+    begun = Run(job, RUNNING, worker_name(), slot_ms, await server_now_ms(server), None, {})
     fields = (run_id, orjson.dumps(asdict(begun)))
     await server.command(keys.JOBS_RUNNING, "HSET", keys.JOBS_RUNNING, *fields)
     clock = time.monotonic()
@@ -185,21 +192,25 @@ async def running(server: Server) -> list[Run]:
 
 
 async def counts(server: Server) -> dict[tuple[str, str], int]:
-    """How many runs have ended, by job and status."""
+    """How many runs have ended, by job and status; what is no count of ours is left out."""
     raw = await server.command(keys.JOB_COUNTS, "HGETALL", keys.JOB_COUNTS)
-    pairs = {
-        name.decode(errors="replace"): int(value) for name, value in raw.items() if value.isdigit()
-    }
-    return {
-        (job, status): n for name, n in pairs.items() for job, _, status in [name.partition(" ")]
-    }
+    found = {}
+    for name, value in raw.items():
+        job, _, status = name.decode(errors="replace").partition(" ")
+        if job in JOBS and status in ENDS and value.isdigit() and len(value) <= COUNT_DIGITS:
+            found[job, status] = int(value)
+    return found
 
 
 def _runs(raws: Sequence[bytes]) -> list[Run]:
     found = []
     for raw in raws:
         try:
-            found.append(msgspec.json.decode(raw, type=Run))
+            run: Run | None = msgspec.json.decode(raw, type=Run)
         except (msgspec.MsgspecError, ValueError):
+            run = None
+        if run is not None and run.job in JOBS and run.status in (RUNNING, *ENDS):
+            found.append(run)
+        else:
             _log.warning("a run that is no run of ours lies among the jobs: %s", ascii(raw[:100]))
     return found

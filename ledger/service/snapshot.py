@@ -247,7 +247,7 @@ async def archive_snapshot(
         raise errors.SnapshotFailed(
             f"the dump cannot be copied out: {error.filename or directory}: {error.strerror}",
             hint=f"{where}the scheduler must run where it can read {snapshot.path} and write "
-            f"{directory}",
+            f"{directory}, with room for it",
         ) from error
 
 
