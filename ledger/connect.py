@@ -10,6 +10,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 from redis import exceptions as redis_errors
 from redis.asyncio import ConnectionPool, Redis, RedisCluster
+from redis.asyncio.connection import parse_url
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel
 from redis.backoff import NoBackoff
@@ -18,7 +19,14 @@ from redis.maint_notifications import MaintNotificationsConfig
 from ledger import errors
 from ledger.settings import Settings
 
-__all__ = ["cluster_client", "embedded_path", "pool", "sentinel_pool", "shown_address"]
+__all__ = [
+    "cluster_client",
+    "database_number",
+    "embedded_path",
+    "pool",
+    "sentinel_pool",
+    "shown_address",
+]
 
 CONNECT_TIMEOUT_S: Final = 5.0
 _log = logging.getLogger("ledger")
@@ -74,7 +82,19 @@ def embedded_path(url: str) -> Path:
             f"REDIS_URL: {shown_address(url)} names no data directory",
             hint="embedded:///absolute/directory",
         )
+    if parts.query or parts.fragment:
+        raise errors.InvalidSetting(
+            f"REDIS_URL: {shown_address(url)} takes no options",
+            hint="its ledger is in database 0; percent-encode a ? or # of the directory's name",
+        )
     return Path(path)
+
+
+def database_number(url: str) -> int:
+    """Which of a server's databases a URL names; 0 where it names none or there is one alone."""
+    if urlsplit(url).scheme not in ("redis", "rediss", "unix"):
+        return 0
+    return int(parse_url(url).get("db", 0))
 
 
 def _connection_options(settings: Settings, url: str) -> dict[str, Any]:

@@ -101,6 +101,9 @@ JOBS_LAST: Final = f"{LEDGER}:_:jobs:last"
 JOB_COUNTS: Final = f"{LEDGER}:_:jobs:counts"
 """Hash: `<job> <status>` → how many runs have ended so."""
 
+ARCHIVE_OWNER: Final = f"{LEDGER}:_:archive:owner"
+"""String: whose a copied dump is, in its name; made once. A restored server has none at first."""
+
 HEALTH_SAMPLES: Final = f"{LEDGER}:_:health:samples"
 """Stream of what the health job saw of the server; capped."""
 
@@ -248,6 +251,19 @@ def snapshot(tenant: str, name: str, version: int, seq: int) -> str:
     between it and the next snapshot.
     """
     return f"{snapshots(tenant, name, version)}:{seq}"
+
+
+_OF_FOLD: Final = re.compile(
+    re.escape(LEDGER.encode())
+    + rb":\{([A-Za-z0-9][A-Za-z0-9._-]{0,63})\}:(?:projection|snapshot):([A-Za-z0-9_-]{1,64})@"
+    rb"(\d{1,9})(?::rebuild)?(?::\d{1,16})?"
+)
+
+
+def fold_of_key(key: bytes) -> tuple[str, str, int] | None:
+    """Tenant, projection and version whose fold or snapshot a key has; None for any other key."""
+    found = _OF_FOLD.fullmatch(key)
+    return None if found is None else (found[1].decode(), found[2].decode(), int(found[3]))
 
 
 def evidence_checkpoints(tenant: str) -> str:

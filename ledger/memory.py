@@ -15,10 +15,11 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from datetime import UTC, datetime
+from enum import Enum
 from typing import Any, Final, Self, TypeVar, overload
 
 import orjson
@@ -167,7 +168,8 @@ class MemoryService:
 
         Raises:
             InvalidInput: the value is not JSON (a NaN, bytes, keys that are no strings), is over
-                16 MiB, or the TTL is no number of seconds from 0 to a hundred years.
+                16 MiB, the metadata is no dict, or the TTL is no number of seconds from 0 to a
+                hundred years.
         """
         default_ttl_s = self.settings.memory_default_ttl_seconds
         async with self._calling() as server:
@@ -176,7 +178,7 @@ class MemoryService:
                 [keys.memory_key(key)],
                 _json("value", value),
                 iso_ms(time.time_ns() // 1_000_000),
-                _json("metadata", metadata or {}),
+                _json("metadata", _checked_metadata(metadata)),
                 _checked_ttl(default_ttl_s if ttl_seconds is None else ttl_seconds),
             )
 
@@ -335,6 +337,15 @@ def _checked_ttl(ttl_seconds: int) -> int:
     return given
 
 
+def _checked_metadata(metadata: dict[str, Any] | None) -> dict[str, Any]:
+    given: object = metadata  # callers without types
+    if given is None or isinstance(given, dict):
+        return given or {}
+    raise errors.InvalidInput(
+        f"metadata: {ascii(given)[:80]} is no dict", hint="names and values, such as {'by': 'me'}"
+    )
+
+
 def _json(name: str, value: Any) -> bytes:
     try:
         raw = orjson.dumps(value, default=_model_json)
@@ -362,13 +373,20 @@ def _model_json(value: Any) -> Any:
 
 
 def _has_nan(value: Any) -> bool:
+    """Whether it has a NaN or infinity wherever orjson looks, which writes null for them."""
     if isinstance(value, BaseModel):
-        value = value.model_dump()
+        value = value.model_dump()  # not as JSON, which has nulls by then
+    elif isinstance(value, Enum):
+        value = value.value
+    elif is_dataclass(value) and not isinstance(value, type):
+        names = (one.name for one in fields(value) if not one.name.startswith("_"))
+        return any(_has_nan(getattr(value, name, None)) for name in names)
     if isinstance(value, float):
         return not math.isfinite(value)
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return any(map(_has_nan, value.values()))
-    return isinstance(value, list | tuple) and any(map(_has_nan, value))
+    is_text = isinstance(value, str | bytes | bytearray)
+    return isinstance(value, Collection) and not is_text and any(map(_has_nan, value))
 
 
 def _parse(full_key: str, raw: bytes, ttl_s: int) -> MemoryEntry:

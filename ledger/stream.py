@@ -25,6 +25,7 @@ import orjson
 from ledger import errors, keys
 from ledger.events import Event, parse_stored
 from ledger.server import Reply, Server, pack
+from ledger.spans import Spans
 
 __all__ = ["PAGE_ENTRIES", "Entry", "Head", "Incident", "Position", "Walk"]
 
@@ -33,6 +34,9 @@ _ENTRY_FIELDS: Final = 6
 _INDEX_VALUE_BYTES: Final = 44
 _FOREIGN_FIELDS: Final = [b"type", b"foreign", b"id", b"", b"data", b"null"]
 _BLOCK_MS: Final = 5000
+_INCIDENTS_TOLD: Final = 100
+"""Of those read at once; the rest is counted."""
+
 _log = logging.getLogger("ledger")
 
 
@@ -432,7 +436,7 @@ class Walk:
         self._at_entry = False  # whether an entry was read there, or else it is just a place
         self._exact = True  # whether the next own ordinal must be self.seq + 1
         self._skip_to = 0
-        self._ranges: list[tuple[tuple[int, int], tuple[int, int], Incident]] = []
+        self._ranges = Spans[Incident]()
         self._unregistered: str | None = None
         self._broken: errors.LedgerError | None = None  # raised behind the entries before it
 
@@ -525,10 +529,10 @@ class Walk:
             at = split_id(page[0][0]) if page else None
             if at is None or at > tail:
                 return None
-            lasts = [last for first, last, _ in self._ranges if first <= at <= last]
-            if not lasts:
+            incident = self._ranges.at(at)
+            if incident is None:
                 return at
-            start = f"({lasts[0][0]}-{lasts[0][1]}"
+            start = f"({incident.last_id}"
 
     # -- going on -----------------------------------------------------------------------------
 
@@ -729,28 +733,28 @@ class Walk:
         return self._incident_at(raw_id) is not None
 
     def _incident_at(self, raw_id: bytes) -> Incident | None:
-        at = split_id(raw_id)
-        for first, last, incident in self._ranges:
-            if first <= at <= last:
-                return incident
-        return None
+        return self._ranges.at(split_id(raw_id))
 
     def _meets_incident(self, first_id: bytes) -> bool:
-        at = split_id(first_id)
-        return any(last >= at for _, last, _ in self._ranges)
+        return self._ranges.reach(split_id(first_id))
 
     async def _read_incidents(self, head: Head) -> None:
-        for first in range(len(self.incidents) + 1, head.incidents + 1, PAGE_ENTRIES):
+        before = len(self.incidents)
+        for first in range(before + 1, head.incidents + 1, PAGE_ENTRIES):
             last = min(first + PAGE_ENTRIES - 1, head.incidents)
             await self._read_incidents_between(first, last)
+        for incident in self.incidents[before : before + _INCIDENTS_TOLD]:
+            _log.warning("tenant %s: %s", self.tenant, incident)
+        more = len(self.incidents) - before - _INCIDENTS_TOLD
+        if more > 0:
+            _log.warning("tenant %s: and %d incidents more in its head", self.tenant, more)
 
     async def _read_incidents_between(self, first: int, last: int) -> None:
         for incident in await read_incidents(self.server, self.tenant, first, last):
             self.incidents.append(incident)
             if incident.kind in ("foreign", "recreated"):
                 start = incident.first_id if incident.kind == "foreign" else "0-0"
-                self._ranges.append((split_id(start), split_id(incident.last_id), incident))
-            _log.warning("tenant %s: %s", self.tenant, incident)
+                self._ranges.add(split_id(start), split_id(incident.last_id), incident)
 
     def _name_unregistered(self, page: _Page, raw_id: bytes) -> None:
         self._unregistered = page.entries[-1][0].decode()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import resource
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import hypothesis
@@ -18,6 +20,7 @@ from tests.servers import KINDS, Certificates, Cluster, Sentinel, Server, wait_u
 if TYPE_CHECKING:
     import subprocess
     from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
 # Deadlines measure the neighbours on a shared machine. On CI a commit has one verdict.
@@ -169,3 +172,19 @@ def embedded_dir(tmp_path: Path) -> Iterator[Path]:
         with redis.Redis(unix_socket_path=str(endpoint.socket_path), retry=no_retry) as client:
             client.shutdown(nosave=True)
         wait_until(lambda: not endpoint.socket_path.exists(), "the embedded server has ended")
+
+
+@pytest.fixture
+def no_room() -> Callable[[], AbstractContextManager[None]]:
+    """A block in which every write of this process to a file fails, as on a full disk."""
+
+    @contextmanager
+    def limited() -> Iterator[None]:
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limited

@@ -19,9 +19,10 @@ import pytest
 from ledger import Ledger, errors, keys
 from ledger.embedded import EmbeddedServer, is_running
 from ledger.service import backup as backups
-from ledger.service import portable
+from ledger.service import portable, scratch
 from ledger.service.backup import make_backup, read_manifest
 from ledger.service.cli import app
+from ledger.service.files import create_file, disk_errors_named
 from ledger.service.restore import Target, make_plan, restore
 from ledger.service.scratch import private_server
 from projections import Projector, StateReader
@@ -51,6 +52,13 @@ async def restored(source, into, **target):
 async def state_of(ledger, tenant):
     """The whole published state, as its JSON."""
     return json.dumps((await StateReader(ledger).state(tenant)).value, sort_keys=True)
+
+
+def put_manifest(directory, raw):
+    """A manifest that somebody changed, and its digest too."""
+    (directory / "manifest.json").write_bytes(raw)
+    digest = hashlib.sha256(raw).hexdigest()
+    (directory / "manifest.json.sha256").write_text(f"{digest}  manifest.json\n")
 
 
 def leftovers(folder):
@@ -387,6 +395,8 @@ async def test_restore_refuses_what_is_not_right(small, tmp_path):
         lambda m: m.update(kind="magic"),
         lambda m: m.update(tenants=[{"tenant": "../../etc"}]),
         lambda m: m.update(tenants=[{"tenant": "a", "seq": "1"}]),
+        lambda m: m.update(surprise=1),
+        lambda m: m["tenants"][0].update(surprise=1),
         lambda m: m.update(dump_sha256=None),
         lambda m: m.update(dump_sha256="0" * 64),
         lambda m: m.pop("taken_at_ms"),
@@ -397,11 +407,54 @@ async def test_a_hostile_manifest_is_refused(small, tmp_path, change):
     path = small / "manifest.json"
     manifest = json.loads(path.read_text())
     change(manifest)
-    path.write_text(json.dumps(manifest))
+    put_manifest(small, json.dumps(manifest).encode())
     with pytest.raises((errors.InvalidBackup, errors.InvalidTenant)):
         make_plan(small, tmp_path / "d", Target())
-    path.write_bytes(b"\xff{")
+    put_manifest(small, b"\xff{")
     refused(small, tmp_path / "d", errors.InvalidBackup)
+
+
+async def test_a_flipped_bit_in_the_manifest_is_refused(small):
+    """Whichever bit of it is wrong, what the manifest says is not acted upon."""
+    path, sums = small / "manifest.json", small / "manifest.json.sha256"
+    good, digest = path.read_bytes(), sums.read_text()
+    assert digest == f"{hashlib.sha256(good).hexdigest()}  manifest.json\n"
+    for place in range(len(good)):
+        flipped = bytearray(good)
+        flipped[place] ^= 1 << place % 7
+        path.write_bytes(flipped)
+        with pytest.raises(errors.InvalidBackup, match="damaged"):
+            read_manifest(small)
+    path.write_bytes(good)
+    assert read_manifest(small).verified
+    sums.unlink()
+    with pytest.raises(errors.InvalidBackup, match=r"no manifest\.json\.sha256"):
+        read_manifest(small)
+
+
+async def test_a_manifest_cannot_hide_a_tenant(fresh_server, small, tmp_path):
+    """What is in a backup and not in its manifest is named, even where somebody mended the digest;
+    so is a tenant without its file.
+    """
+    server = fresh_server("redis8")
+    async with Ledger.connect(server.url) as ledger:
+        await ledger.append_many("acgs-dev", events(10))
+    manifest = await backed_up(server.url, tmp_path / "l", verify=False)
+    manifest.tenants[0].file_sha256 = None
+    put_manifest(tmp_path / "l", msgspec.json.encode(manifest))
+    refused(
+        tmp_path / "l", tmp_path / "d", errors.InvalidBackup, "acgs-dev has entries and no file"
+    )
+    manifest.tenants = []
+    put_manifest(tmp_path / "l", msgspec.json.encode(manifest))
+    refused(tmp_path / "l", tmp_path / "d", errors.InvalidBackup, "no such file")
+    manifest = read_manifest(small)
+    manifest.tenants = []
+    put_manifest(small, msgspec.json.encode(manifest))
+    for target in ({}, {"to_ms": manifest.taken_at_ms}):
+        with pytest.raises(errors.InvalidBackup, match="acgs-dev: it is in the snapshot"):
+            await restored(small, tmp_path / "d", **target)
+    assert not (tmp_path / "d").exists()
 
 
 @pytest.mark.parametrize(
@@ -418,11 +471,35 @@ async def test_a_restore_that_is_not_what_was_stated_is_refused(small, tmp_path,
     """Heads, counts and digests are compared after loading; where one differs nothing is put."""
     manifest = read_manifest(small)
     setattr(manifest.tenants[0], name, value)
-    (small / "manifest.json").write_bytes(msgspec.json.encode(manifest))
+    put_manifest(small, msgspec.json.encode(manifest))
     with pytest.raises(errors.InvalidBackup, match="not what the backup states"):
         await restored(small, tmp_path / "data")
     assert not (tmp_path / "data").exists()
     assert leftovers(tmp_path) == []
+
+
+async def test_a_ledger_in_another_database_is_exported(fresh_server, tmp_path, caplog):
+    """A snapshot has every database and is read from 0 alone: so the backup of another one is
+    logical, and a dump that has other keys is never taken for all there is, or for empty.
+    """
+    server, into = fresh_server("valkey9"), tmp_path / "d"
+    async with Ledger.connect(f"{server.url}/3") as ledger:
+        await ledger.append_many("acgs-dev", events(10))
+        await ledger.server.command("", "BGSAVE")
+    done = await backed_up(f"{server.url}/3", tmp_path / "b")
+    assert (done.kind, done.verified) == ("logical", True)
+    assert done.why_logical == "the ledger is in database 3"
+    assert (await restored(tmp_path / "b", tmp_path / "data"))["acgs-dev"].seq == 10
+    await asyncio.to_thread(wait_until, (server.directory / "dump.rdb").exists, "the dump")
+    with pytest.raises(errors.InvalidBackup, match="keys in database 3"):
+        await restored(server.directory / "dump.rdb", into)
+    async with Ledger.connect(server.url) as ledger:
+        await ledger.append_many("other", events(1))
+    await backed_up(server.url, tmp_path / "whole")
+    assert set(await restored(tmp_path / "whole", into)) == {"other"}
+    assert "keys in database 3" in caplog.text
+    with pytest.raises(errors.InvalidSetting, match="takes no options"):
+        await Ledger.connect(f"{local(into)}?db=3")
 
 
 async def test_the_guides_dump_really_comes_back(small, tmp_path):
@@ -443,13 +520,63 @@ async def test_the_guides_dump_really_comes_back(small, tmp_path):
 
 
 async def test_a_snapshot_that_does_not_load_leaves_nothing(small, tmp_path):
-    """A truncated dump is refused by the server that was to load it, with its log."""
+    """A truncated dump is refused in one line, by what the server says that was to load it."""
     dump = small / "dump.rdb"
     dump.write_bytes(dump.read_bytes()[:-40])
-    with pytest.raises(errors.EmbeddedServerError, match="RDB"):
-        await restored(dump, tmp_path / "data")
+    for target in ({}, {"to_ms": 1}):
+        with pytest.raises(errors.InvalidBackup, match=r"dump\.rdb: .* RDB") as caught:
+            await restored(dump, tmp_path / "data", **target)
+        assert "\n" not in caught.value.message
     assert not (tmp_path / "data").exists()
     assert leftovers(tmp_path) == []
+
+
+async def test_a_private_server_that_dies_is_named(tmp_path, monkeypatch):
+    """What is said then is of that server, with what it said last, and not of REDIS_URL."""
+    monkeypatch.setenv("MEMORY_MAX_RECONNECT_ATTEMPTS", "0")
+    data_dir = tmp_path / "x" / "data"
+
+    async def used(*, kill):
+        async with private_server(data_dir) as ledger:
+            if kill:
+                os.kill(is_running(data_dir).pid, signal.SIGKILL)
+            await ledger.get("acgs-dev", "none")
+
+    with pytest.raises(errors.NotFound):
+        await used(kill=False)
+    with pytest.raises(errors.EmbeddedServerError, match=f"{tmp_path}: the private server.*ended"):
+        await used(kill=True)
+    log = tmp_path / "valkey.log"
+    log.write_text(
+        "1:M 24 Nov 2026 19:19:58.134 # WARNING Memory overcommit must be enabled!\n"
+        "1:M 24 Nov 2026 19:19:58.134 * Ready # not a warning\n"
+        "1:M 24 Nov 2026 19:19:58.135 # Error writing: No space left on device\n"
+        "1:M 24 Nov 2026 19:19:58.136 # Exiting\n"
+    )
+    assert scratch._last_words(tmp_path) == "Error writing: No space left on device"
+    assert "make room" in scratch._ended(tmp_path).hint
+
+
+def test_a_full_disk_is_named(tmp_path, no_room):
+    """Where a file cannot be written the error has its place and a way out, and nothing is left."""
+    with (
+        pytest.raises(errors.InvalidInput, match=r"/here: .*No space left") as caught,
+        disk_errors_named(Path("/here")),
+        Path("/dev/full").open("wb") as full,
+    ):
+        full.write(b"x")
+    assert "make room" in caught.value.hint
+    file = tmp_path / "file"
+    with (
+        pytest.raises(errors.InvalidInput, match=f"{file}: .*File too large"),
+        no_room(),
+        disk_errors_named(file),
+        create_file(file) as opened,
+    ):
+        opened.write(b"x")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(FileNotFoundError), disk_errors_named(tmp_path):
+        file.read_bytes()
 
 
 async def test_of_two_restores_at_once_one_is_put(small, tmp_path):
@@ -478,6 +605,59 @@ async def test_a_foreign_function_library_is_replaced(fresh_server, tmp_path):
     found = await restored(tmp_path / "b", tmp_path / "data")
     async with private_server(tmp_path / "data") as ledger:
         assert (await ledger.head("acgs-dev")).epoch == found["acgs-dev"].epoch
+
+
+class Streak:
+    """A projection of one's own."""
+
+    name, version = "streak", 1
+
+    def names(self, _entry):
+        return ()
+
+    def apply(self, entities, _entry, _subject):
+        entities.setdefault("state", {"seen": 0})["seen"] += 1
+
+    def quarantined(self, entities, entry):
+        """Nothing to count."""
+
+    def view(self, state):
+        return state
+
+
+async def test_a_fold_that_nobody_here_knows_is_left_out(
+    fresh_server, tmp_path, monkeypatch, caplog
+):
+    """Restored without GOVLEDGER_PROJECTIONS, a projection of one's own is named and not there;
+    with it again it is folded from the first entry, and everything else was there all the time.
+    """
+    server = fresh_server()
+    monkeypatch.setenv("GOVLEDGER_PROJECTIONS", "tests.test_backup:Streak")
+    async with Ledger.connect(server.url) as ledger:
+        await ledger.append_many("acgs-dev", events(10))
+        await Projector(ledger).run_once()
+        await ledger.memory.set("acgs-dev:other:state", 1)
+        fold = keys.projection("acgs-dev", "governance", 99)
+        await ledger.server.command("", "HSET", fold, "position", "ab/1/1-1")
+        active = keys.projection_active("acgs-dev")
+        await ledger.server.command("", "HSET", active, "streak", "1", "agents", "1")
+        await ledger.server.command(
+            "", "HSET", keys.projection_quarantine("acgs-dev"), "streak@1:3", "x", "agents@1:3", "x"
+        )
+    await backed_up(server.url, tmp_path / "b", verify=False)
+    monkeypatch.delenv("GOVLEDGER_PROJECTIONS")
+    await restored(tmp_path / "b", tmp_path / "data")
+    assert "the state of governance@99, streak@1 is left out" in caplog.text
+    async with private_server(tmp_path / "data") as ledger:
+        there = await ledger.server.command("", "KEYS", "*")
+        assert [key for key in there if b"streak" in key or b"@99" in key] == []
+        assert set(await ledger.server.command("", "HKEYS", active)) == {b"agents", b"governance"}
+        assert await ledger.memory.get("acgs-dev:other:state") == 1
+        assert (await StateReader(ledger).state("acgs-dev")).seq == 10
+    monkeypatch.setenv("GOVLEDGER_PROJECTIONS", "tests.test_backup:Streak")
+    async with private_server(tmp_path / "data") as ledger:
+        await Projector(ledger).run_once()
+        assert (await StateReader(ledger).state("acgs-dev", "streak")).value == {"seen": 10}
 
 
 @pytest.mark.parametrize("command", ["backup", "restore"])
@@ -514,11 +694,16 @@ async def test_a_killed_command_leaves_no_half_result(source, small, tmp_path, s
 
 @pytest.mark.parametrize(
     "at",
-    ["backup /scratch/valkey.sock", "restore /data", "restore /data/valkey.sock"],
+    [
+        "130 backup /scratch/valkey.sock",
+        "143 backup /scratch/valkey.sock",
+        "130 restore /data",
+        "143 restore /data/valkey.sock",
+    ],
 )
-async def test_ctrl_c_leaves_nothing(source, small, tmp_path, spawn, at):
+async def test_ctrl_c_and_sigterm_leave_nothing(source, small, tmp_path, spawn, at):
     """An interrupted command stops the server it began and removes what it made."""
-    command, sign = at.split()
+    code_then, command, sign = at.split()
     async with source() as (server, _ledger):
         target = tmp_path / "target"
         arguments = ["backup"] if command == "backup" else ["restore", small, "--into"]
@@ -528,9 +713,9 @@ async def test_ctrl_c_leaves_nothing(source, small, tmp_path, spawn, at):
             cwd=tmp_path,
         )
         await asyncio.to_thread(wait_until, lambda: _is_at(tmp_path, sign), sign)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(int(code_then) - 128)
         code = await asyncio.to_thread(process.wait, 30)
-        assert code == 130 or (code == 0 and target.exists())  # it was faster than we
+        assert code == int(code_then) or (code == 0 and target.exists())  # it was faster than we
         assert leftovers(tmp_path) == []
 
 
@@ -627,6 +812,7 @@ def test_point_in_time_by_command(small_command, tmp_path):
     for arguments in (
         ["--to-seq", "acgs-dev"],
         ["--to-seq", "acgs-dev:-1"],
+        ["--to-seq", "acgs-dev:5", "--to-seq", "acgs-dev:3"],
         ["--to", "yesterday"],
         ["--to", "2026-01-01", "--to-seq", "acgs-dev:1"],
         ["--to", "2099-01-01"],

@@ -15,14 +15,21 @@ from hypothesis import strategies as st
 
 from ledger import Decision, EscalationResolved, Ledger, errors, keys
 from ledger.service.cleanup import Cleanup, unlink
-from ledger.service.expiry import Expiry, expiry_event
+from ledger.service.expiry import APPENDS_AT_ONCE, Expiry, expiry_event
 from ledger.service.inspection import server_now_ms
 from ledger.service.jobs import JOBS, Archive, JobContext
 from ledger.service.runs import Run, counts, history, last_runs, running
-from ledger.service.snapshot import Retention, archive_snapshot, superfluous, take_snapshot
+from ledger.service.snapshot import (
+    Retention,
+    archive_owner,
+    archive_snapshot,
+    superfluous,
+    take_snapshot,
+)
 from projections import Projector, StateReader
 from projections.governance import Governance
 from projections.governance_state import PENDING_LIMIT
+from projections.pending import Pending
 from tests.servers import new_tenant
 
 LONG_AGO = datetime(2026, 1, 1, tzinfo=UTC)
@@ -117,17 +124,46 @@ async def test_several_at_once_expire_each_escalation_once(ledger, tenant):
         await one.aclose()
 
 
-async def test_a_taken_id_fails_loudly_and_alone(ledger, tenant):
-    """Where another event has the expiry's id, the rest expires all the same."""
+async def test_a_taken_id_keeps_nothing_open(ledger, tenant):
+    """Where another event has the expiry's id, the escalation expires under a second one, once."""
     taken = Decision(id="expire:taken", agent="a", action="b", verdict="allow")
-    await ledger.append_many(tenant, [escalation("taken"), taken, escalation("free")])
-    other = new_tenant()
-    await ledger.append(other, escalation("other"))
+    await ledger.append_many(tenant, [escalation("taken"), taken])
     await Projector(ledger).run_once()
-    with pytest.raises(errors.JobFailed, match=f"1 of 2 tenants.*{tenant}"):
-        await Expiry(ledger).run()
-    assert (await ledger.get(tenant, "expire:free")).type == "escalation.resolved"
-    assert (await ledger.get(other, "expire:other")).type == "escalation.resolved"
+    assert (await Expiry(ledger).run())["expired"] == 1
+    assert (await Expiry(ledger).run())["expired"] == 0
+    (resolved,) = await entries(ledger, tenant, "escalation.resolved")
+    assert resolved["id"] == expiry_event("taken", 0, fallback=True).id
+    await Projector(ledger).run_once()
+    assert (await Expiry(ledger).run())["expired"] == 0
+    state = (await StateReader(ledger).state(tenant)).value
+    assert (state["escalations"]["pending"], state["counts"]["conflicts"]["total"]) == (0, 0)
+
+
+async def test_ids_that_are_all_taken_fail_loudly_and_alone(ledger, tenant):
+    """Where both ids are another event's the job fails, and all others of the tenant expire."""
+    names = [f"d-{n}" for n in range(APPENDS_AT_ONCE + 2)]
+    for event_id in (f"expire:{names[0]}", expiry_event(names[0], 0, fallback=True).id):
+        taken = Decision(id=event_id, agent="a", action="b", verdict="allow")
+        await ledger.append(tenant, taken)
+    await ledger.append_many(tenant, [escalation(name) for name in names])
+    await Projector(ledger).run_once()
+    expiry = Expiry(ledger)
+    with pytest.raises(errors.JobFailed, match=f"1 of 1 tenants.*{tenant}") as caught:
+        await expiry.run()
+    assert caught.value.facts["expired"] == len(names) - 1
+    assert len(await entries(ledger, tenant, "escalation.resolved")) == len(names) - 1
+    with pytest.raises(errors.JobFailed):  # until somebody resolves it
+        await expiry.run()
+
+
+async def test_an_expiry_of_another_release_is_no_reason_for_a_second(ledger, tenant):
+    """Where the id resolves the same decision with other bytes, nothing more is recorded."""
+    await ledger.append(tenant, escalation("over"))
+    await Projector(ledger).run_once([tenant])
+    expiry, resolving = Expiry(ledger), expiry_event("over", 0)
+    await ledger.append(tenant, resolving.model_copy(update={"reason": "x"}))
+    assert await expiry._resolve(tenant, Pending("over", 0)) is False
+    assert len(await entries(ledger, tenant, "escalation.resolved")) == 1
 
 
 @pytest.mark.parametrize(
@@ -229,6 +265,41 @@ async def test_a_backups_snapshot_waits_out_anothers(fresh_server, tenant):
         assert own.cli("INFO", "persistence")["rdb_saves"] == 2
 
 
+async def test_an_archive_gets_its_copy_while_others_save(fresh_server, tmp_path, tenant):
+    """With an archive the job waits for the end of another save, and then makes its own."""
+    own = fresh_server()
+    async with Ledger.connect(own.url) as ledger:
+        await ledger.append(tenant, escalation("d"))
+        own.cli("CONFIG", "SET", "rdb-key-save-delay", 50_000)
+        own.cli("BGSAVE")
+        told = await JOBS["snapshot"](JobContext(ledger, Archive(tmp_path / "a")))
+        assert own.cli("INFO", "persistence")["rdb_saves"] == 2
+    check_copy(Path(told["file"]), own.directory / "dump.rdb", told["sha256"])
+
+
+async def test_a_server_keeps_to_its_own_copies(fresh_server, tmp_path, tenant):
+    """Two servers with one directory leave each other's copies alone, a restarted one knows its
+    own, and the copy just made stays where a wrong clock made others later.
+    """
+    first, second = fresh_server(), fresh_server()
+    context_of = lambda ledger: JobContext(ledger, Archive(tmp_path, Retention(1, 0)))  # noqa: E731
+    async with Ledger.connect(first.url) as ledger:
+        await JOBS["snapshot"](context_of(ledger))
+        owner = await archive_owner(ledger.server)
+        ahead = tmp_path / f"dump-20990101T000000000Z-{owner}-0123abcd.rdb"
+        ahead.write_bytes(b"REDIS0011")
+    async with Ledger.connect(second.url) as ledger:
+        other = Path((await JOBS["snapshot"](context_of(ledger)))["file"])
+        await ledger.server.command("", "SET", keys.ARCHIVE_OWNER, "../../x")
+        with pytest.raises(errors.SnapshotFailed, match="nobody of us wrote"):
+            await archive_owner(ledger.server)
+    first.kill()
+    first.restart()
+    async with Ledger.connect(first.url) as ledger:
+        made = Path((await JOBS["snapshot"](context_of(ledger)))["file"])
+    assert set(tmp_path.glob("*.rdb")) == {made, other}
+
+
 async def test_a_snapshot_waits_for_a_rewrite(fresh_server, server, tenant):
     """While the append-only file is rewritten BGSAVE is refused; the job waits and then saves."""
     own = fresh_server(server.kind)
@@ -257,6 +328,15 @@ async def test_a_restart_in_the_middle_is_an_error(fresh_server, tenant):
             await saving
 
 
+async def test_an_archive_without_room_is_an_error(fresh_server, tmp_path, no_room):
+    """Where the copy cannot be written its directory is named, and nothing is left there."""
+    async with Ledger.connect(fresh_server().url) as ledger:
+        taken = await take_snapshot(ledger.server)
+        with no_room(), pytest.raises(errors.SnapshotFailed, match=f"{tmp_path}/a: File too large"):
+            await archive_snapshot(taken, tmp_path / "a", owner="0123abcd")
+    assert list((tmp_path / "a").iterdir()) == []
+
+
 async def test_an_archive_out_of_reach_is_an_error(fresh_server, tmp_path):
     """No right to ask where the dump is, no dump there, or no RDB file: each says what to do."""
     own = fresh_server()
@@ -265,47 +345,58 @@ async def test_an_archive_out_of_reach_is_an_error(fresh_server, tmp_path):
     async with Ledger.connect(url) as ledger:
         taken = await take_snapshot(ledger.server)
         with pytest.raises(errors.SnapshotFailed, match="CONFIG is denied"):
-            await archive_snapshot(taken, tmp_path)
+            await archive_snapshot(taken, tmp_path, owner="0123abcd")
     async with Ledger.connect(own.url) as ledger:
         taken = await take_snapshot(ledger.server)
+        below = own.directory / "dump.rdb" / "below a file"
         with pytest.raises(errors.SnapshotFailed, match=r"cannot be copied out.*must run where"):
-            await archive_snapshot(taken, own.directory / "dump.rdb" / "below a file")
+            await archive_snapshot(taken, below, owner="0123abcd")
         taken.path.write_bytes(b"no dump")
         with pytest.raises(errors.SnapshotFailed, match="no RDB file"):
-            await archive_snapshot(taken, tmp_path / "archive")
+            await archive_snapshot(taken, tmp_path / "archive", owner="0123abcd")
         assert list((tmp_path / "archive").iterdir()) == []
 
 
-def copies_at(*moments: str) -> list[str]:
-    return [f"dump-{moment}-0123abcd.rdb" for moment in moments]
+def copies_at(*moments: str, owner: str = "89abcdef") -> list[str]:
+    return [f"dump-{moment}-{owner}-0123abcd.rdb" for moment in moments]
 
 
 def test_retention_keeps_the_newest_and_one_a_day():
-    """The newest N stay, of each of the last days the newest, and what is not ours always."""
+    """The newest N stay, of each of the last days the newest, and what is not this owner's always;
+    a copy of a time to come goes first.
+    """
     now = datetime(2026, 3, 10, 12, tzinfo=UTC)
     new = copies_at("20260310T110000000Z", "20260310T100000000Z", "20260310T090000000Z")
     yesterday = copies_at("20260309T230000000Z", "20260309T010000000Z")
     old = copies_at("20260101T000000000Z")
-    foreign = ["dump.rdb", "dump-20260101T000000000Z-0123abcd.rdb.sha256", "../x", "notes"]
+    ahead = copies_at("20260310T120900000Z", "20300101T000000000Z")
+    others = copies_at("20260101T000000000Z", "20300101T000000000Z", owner="01234567")
+    foreign = ["dump.rdb", f"{old[0]}.sha256", "../x", "notes", *others]
     names = [*new, *yesterday, *old, *foreign]
-    assert superfluous(names, Retention(2, 7), now) == sorted([new[2], yesterday[1], *old])
-    assert superfluous(names, Retention(2, 0), now) == sorted([new[2], *yesterday, *old])
-    assert superfluous(old, Retention(1, 0), now) == []
+    assert superfluous(names, new[0], Retention(2, 7), now) == sorted([new[2], yesterday[1], *old])
+    assert superfluous(names, new[0], Retention(2, 0), now) == sorted([new[2], *yesterday, *old])
+    assert superfluous(old, old[0], Retention(1, 0), now) == []
+    assert superfluous([*names, *ahead], new[0], Retention(6, 7), now) == sorted(ahead)
+    assert superfluous([*ahead, new[0]], new[0], Retention(2, 7), now) == [ahead[0]]
+    assert superfluous([*ahead, new[0]], ahead[0], Retention(1, 0), now) == [ahead[1]]
 
 
 @given(
-    st.lists(st.dates(date(2026, 1, 1), date(2026, 3, 1)), max_size=40),
+    st.lists(st.dates(date(2026, 1, 1), date(2026, 3, 9)), min_size=1, max_size=40),
+    st.data(),
     st.integers(1, 10),
     st.integers(0, 40),
 )
-def test_retention_never_empties_the_archive(moments, last, days):
-    """Whatever the rule is, the newest copy stays, and a second look removes nothing more."""
+def test_retention_never_takes_the_copy_just_made(moments, data, last, days):
+    """Whatever the rule and the clocks are, it and enough others stay, and a second look removes
+    nothing more.
+    """
     names = copies_at(*(f"{moment:%Y%m%d}T12{n:02}00000Z" for n, moment in enumerate(moments)))
-    gone = superfluous(names, Retention(last, days), datetime(2026, 3, 1, tzinfo=UTC))
-    left = set(names) - set(gone)
-    assert not names or max(names) in left
+    made, now = data.draw(st.sampled_from(names)), datetime(2026, 3, 1, tzinfo=UTC)
+    left = set(names) - set(superfluous(names, made, Retention(last, days), now))
+    assert made in left
     assert len(left) >= min(last, len(set(names)))
-    assert superfluous(left, Retention(last, days), datetime(2026, 3, 1, tzinfo=UTC)) == []
+    assert superfluous(left, made, Retention(last, days), now) == []
 
 
 # -- cleanup -------------------------------------------------------------------------------------

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import shutil
 import subprocess
+from collections import deque
 from contextlib import aclosing
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from enum import Enum
 from pathlib import Path
 
 import pytest
@@ -189,16 +193,54 @@ async def test_a_model_goes_in_and_comes_out(memory, tenant):
         await memory.get(f"{tenant}:s", Session)
 
 
+@dataclass
+class Reading:
+    """What orjson writes by itself, a NaN in it as null."""
+
+    value: float | None
+    more: object = None
+
+
+class Unknown(Enum):
+    """Written by its value."""
+
+    X = math.nan
+
+
+class Readings(BaseModel):
+    """Containers that a model writes as lists."""
+
+    ones: set[float] = set()
+    latest: deque[float] = deque()
+    other: object = None
+
+
+async def test_null_is_stored_wherever_it_stands(memory, tenant):
+    """None in a dataclass or model is a value like any other."""
+    for value in (Reading(None, [None]), Readings(ones={1.5}, latest=deque([2.5]))):
+        await memory.set(f"{tenant}:a", value)
+        assert await memory.get(f"{tenant}:a", type(value)) == value
+
+
 @pytest.mark.parametrize(
     ("call", "named"),
     [
         (lambda m: m.set("k", float("nan")), "NaN"),
         (lambda m: m.set("k", {"a": [None, float("inf")]}), "NaN"),
+        (lambda m: m.set("k", Reading(math.nan)), "NaN"),
+        (lambda m: m.set("k", [{"a": Reading(None, {"b": Reading(math.inf)})}]), "NaN"),
+        (lambda m: m.set("k", Unknown.X), "NaN"),
+        (lambda m: m.set("k", Readings(ones={math.nan})), "NaN"),
+        (lambda m: m.set("k", Readings(latest=deque([-math.inf]))), "NaN"),
+        (lambda m: m.set("k", Readings(other=Reading(math.nan))), "NaN"),
         (lambda m: m.set("k", b"bytes"), "value"),
         (lambda m: m.set("k", {1: 2}), "value"),
         (lambda m: m.set("k", "\ud800"), "value"),
         (lambda m: m.set("k", "x" * MAX_VALUE_BYTES), str(MAX_VALUE_BYTES)),
         (lambda m: m.set("k", 1, metadata={"a": object()}), "metadata"),
+        (lambda m: m.set("k", 1, metadata=[1]), "metadata: [1] is no dict"),
+        (lambda m: m.set("k", 1, metadata=[]), "metadata"),
+        (lambda m: m.set("k", 1, metadata="x"), "metadata"),
         (lambda m: m.set("k", 1, -1), "ttl_seconds"),
         (lambda m: m.set("k", 1, 1.5), "ttl_seconds"),
         (lambda m: m.set("k", 1, True), "ttl_seconds"),

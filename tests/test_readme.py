@@ -107,6 +107,7 @@ def test_every_command_works_in_order(embedded_dir, tmp_path):
         keys.FEED,
         keys.attestation("<run_id>"),
         keys.JOBS_CLAIMED,
+        keys.ARCHIVE_OWNER,
         keys.HEALTH_SAMPLES,
     ],
 )

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import time
 from collections import Counter
+from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 
@@ -17,11 +18,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ledger import Decision, Ledger, errors, keys
-from ledger.service.runs import claim, history, last_runs, running
-from ledger.service.scheduler import latest_slot, trigger_of
+from ledger.service import runs as runs_module
+from ledger.service import scheduler as schedulers
+from ledger.service.jobs import JobContext
+from ledger.service.runs import claim_token, counts, history, last_runs, running
+from ledger.service.scheduler import Scheduler, latest_slot, trigger_of
 from ledger.settings import DEFAULT_JOBS, JobSchedule, load_settings
 from projections import Projector
 from tests.commands import GOVLEDGER, environment, run
+from tests.proxy import Proxy
 
 LONG_AGO = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -97,6 +102,11 @@ def test_the_latest_slot_is_the_last_one_due(schedule, seconds):
 # -- claims --------------------------------------------------------------------------------------
 
 
+async def claim(server, job: str, slot_ms: int) -> bool:
+    """By somebody who has not asked before."""
+    return await runs_module.claim(server, job, slot_ms, claim_token())
+
+
 async def test_a_slot_is_given_once(fresh_server, server):
     """Of many who claim a slot at once one gets it; later nobody does, even without the claim."""
     url = fresh_server(server.kind).url
@@ -113,6 +123,27 @@ async def test_a_slot_is_given_once(fresh_server, server):
     assert 0 < await first.command("", "TTL", keys.job_slot("health", slot_ms + 1)) <= 172_800
     for one in ledgers:
         await one.aclose()
+
+
+@pytest.mark.parametrize("lost", [b"NX\r\n", b"ZADD", b"HSET"])
+async def test_a_slot_is_not_lost_with_the_answer(fresh_server, monkeypatch, lost):
+    """Where the server took the claim and the connection broke, for longer than the attempts of a
+    call, who asks again has the slot, and its job runs once.
+    """
+    monkeypatch.setattr(schedulers, "CLAIM_RETRY_S", 0.05)
+    async with Proxy(fresh_server()) as proxy:
+        settings = load_settings(redis_url=proxy.url, memory_max_reconnect_attempts=0)
+        async with Ledger.connect(settings=settings) as ledger:
+            proxy.lose_reply_to = lost
+            table = {"health": JobSchedule(every_seconds=86_400)}
+            scheduler = asyncio.create_task(Scheduler(JobContext(ledger), table).run())
+            await asyncio.wait_for(proxy.lost.wait(), 10)
+            (ran,) = await asyncio.wait_for(runs_of(ledger, "health", 1), 10)
+            scheduler.cancel()
+            await asyncio.gather(scheduler, return_exceptions=True)
+            assert ran.status == "ok"
+            assert await running(ledger.server) == []
+            assert not await claim(ledger.server, "health", ran.slot_ms)
 
 
 async def test_a_clock_that_is_ahead_claims_nothing(fresh_server):
@@ -145,6 +176,15 @@ async def test_junk_among_the_runs_is_left_out(fresh_server):
                 await ledger.server.command("", "HSET", key, f"junk {raw}", raw)
         await ledger.server.command("", "HSET", keys.JOB_COUNTS, "health ok", "many")
         await ledger.server.command("", "HSET", keys.JOB_COUNTS, "junk", "-1")
+        for name in ("junk ok", "health junk", "health", "health ok ok"):
+            await ledger.server.command("", "HSET", keys.JOB_COUNTS, name, "7")
+        await ledger.server.command("", "HSET", keys.JOB_COUNTS, "health failed", "9" * 5000)
+        (kept,) = (await last_runs(ledger.server)).values()
+        for change in ({"job": "junk"}, {"status": "junk"}):
+            raw = json.dumps(asdict(kept) | change)
+            await ledger.server.command("", "HSET", keys.JOBS_LAST, f"{change}", raw)
+        assert await last_runs(ledger.server) == {"health": kept}
+        assert await counts(ledger.server) == {}
     done = run(server.url, "jobs", "--json")
     assert done.code == 0, done.err
     listed = {line["job"]: line for line in done.lines}

@@ -1,6 +1,7 @@
 """A backup: a directory with a manifest, and either the server's snapshot or every tenant's export.
 
 `manifest.json` states what was there, and is written last: a directory without it is no backup.
+`manifest.json.sha256` has its digest, as `sha256sum -c` reads it.
 
 - `snapshot`: `dump.rdb`, the whole server as of one moment. Taken where this machine can read the
   server's snapshot file and the embedded server can load it.
@@ -14,6 +15,7 @@ compared with those of the live server up to the same seq: the record never chan
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -70,7 +72,7 @@ _CANNOT_EXPORT: Final = (
 Say = Callable[[str], None]
 
 
-class TenantState(msgspec.Struct, omit_defaults=True):
+class TenantState(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
     """What a backup holds of a tenant. `problem`: why it could not be copied or compared."""
 
     tenant: str
@@ -85,7 +87,14 @@ class TenantState(msgspec.Struct, omit_defaults=True):
     problem: str | None = None
 
 
-class Manifest(msgspec.Struct):
+class _Format(msgspec.Struct):
+    """What every release's manifest says of itself, whatever else it has."""
+
+    format: str
+    version: int
+
+
+class Manifest(msgspec.Struct, forbid_unknown_fields=True):
     """`manifest.json`. Every entry that was recorded by `taken_at_ms` is in the backup.
 
     Where a snapshot is not `verified`, heads were read before it was taken, and it has at least
@@ -125,32 +134,53 @@ def read_manifest(directory: Path) -> Manifest:
     """A backup's manifest.
 
     Raises:
-        InvalidBackup: there is none, or it is damaged or of a newer release.
+        InvalidBackup: there is none, its digest is another, or it is of a newer release.
     """
     path = directory / MANIFEST
+    raw = _checked_manifest(path)
     try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_MANIFEST_BYTES)
+        of = msgspec.json.decode(raw, type=_Format)
+        if (of.format, of.version) != (FORMAT, VERSION):
+            raise errors.InvalidBackup(
+                f"{path}: {of.format} {of.version} is not what this release reads",
+                hint="a newer govledger can read it",
+            )
         manifest = msgspec.json.decode(raw, type=Manifest)
-    except FileNotFoundError:
-        raise errors.InvalidBackup(
-            f"{directory}: there is no {MANIFEST}: this is no backup, or one that was not finished",
-            hint="name a directory of `govledger backup`, or a snapshot or export file itself",
-        ) from None
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise errors.InvalidBackup(
             f"{path}: it is damaged: {error}", hint="take another copy of the backup"
         ) from None
-    if manifest.format != FORMAT or manifest.version != VERSION:
-        raise errors.InvalidBackup(
-            f"{path}: {manifest.format} {manifest.version} is not what this release reads",
-            hint="a newer govledger can read it",
-        )
     if not 0 <= manifest.taken_at_ms < MAX_TIME_MS:
         raise errors.InvalidBackup(f"{path}: it was taken at no time: {manifest.taken_at_ms} ms")
     for one in manifest.tenants:
         keys.checked_tenant(one.tenant)
     return manifest
+
+
+def _checked_manifest(path: Path) -> bytes:
+    """The manifest's bytes as they were written: one flipped bit in them might hide a tenant."""
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_MANIFEST_BYTES)
+        with _digest_path(path).open("rb") as file:
+            stated = file.read(64).decode(errors="replace")
+    except FileNotFoundError as error:
+        raise errors.InvalidBackup(
+            f"{path.parent}: there is no {Path(error.filename).name}: this is no backup, or one "
+            "that was not finished",
+            hint="name a directory of `govledger backup`, or a snapshot or export file itself",
+        ) from None
+    found = hashlib.sha256(raw).hexdigest()
+    if found != stated:
+        raise errors.InvalidBackup(
+            f"{path}: it is damaged: its SHA-256 is {found}, the file beside it says {stated!a}",
+            hint="take another copy of the backup",
+        )
+    return raw
+
+
+def _digest_path(manifest: Path) -> Path:
+    return manifest.with_name(f"{manifest.name}.sha256")
 
 
 def check_target(directory: Path) -> None:
@@ -186,6 +216,7 @@ async def make_backup(ledger: Ledger, directory: Path, *, verify: bool, say: Say
         TargetExists: there is something already.
         InvalidBackup: the copy is not what the server has.
         ServerBusy: the server could not save.
+        EmbeddedServerError: the scratch server ended, as where the disk is full.
     """
     directory, partial = await in_thread(_begin, directory)
     try:
@@ -208,10 +239,14 @@ def _begin(directory: Path) -> tuple[Path, Path]:
 
 
 def _finish(partial: Path, manifest: Manifest) -> None:
-    with (partial / MANIFEST).open("xb") as file:
-        file.write(msgspec.json.format(msgspec.json.encode(manifest), indent=1) + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
+    path = partial / MANIFEST
+    raw = msgspec.json.format(msgspec.json.encode(manifest), indent=1) + b"\n"
+    digest = f"{hashlib.sha256(raw).hexdigest()}  {MANIFEST}\n".encode()
+    for target, content in ((_digest_path(path), digest), (path, raw)):
+        with target.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
     fsync_directory(partial)
 
 
@@ -315,7 +350,7 @@ class _Backup:
     async def _verify(self, manifest: Manifest) -> None:
         if manifest.kind == "snapshot":
             await in_thread(lay_dump, self._partial / DUMP, self._scratch)
-            async with private_server(self._scratch) as scratch:
+            async with private_server(self._scratch, self._partial / DUMP) as scratch:
                 await self._verify_snapshot(manifest, scratch.server)
         else:
             async with private_server(self._scratch) as scratch:

@@ -46,7 +46,7 @@ Exit codes:
        loading, out of memory, read-only
   4    refused: conflicting id, wrong expected seq, clock, unsafe server,
        durability not reached, ledger rolled back
-  130  Ctrl-C      141  whoever read the output has gone"""
+  130  Ctrl-C      141  whoever read the output has gone      143  SIGTERM"""
 
 app = typer.Typer(
     help="Record governance decisions in Redis or Valkey, replay them, read what they add up to.",

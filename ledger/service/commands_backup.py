@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import quote
 
 import typer
@@ -57,10 +58,12 @@ def backup(
 
     async def work() -> None:
         from ledger.service.backup import make_backup
+        from ledger.service.files import disk_errors_named
 
         async with connect(url) as ledger:
             say = _quiet if as_json else terminal.say
-            done = await make_backup(ledger, directory, verify=not no_verify, say=say)
+            with disk_errors_named(directory):
+                done = await make_backup(ledger, directory, verify=not no_verify, say=say)
         if as_json:
             print_json({"directory": str(directory), **to_builtins(done)})
         else:
@@ -74,7 +77,7 @@ def backup(
         if done.problems:
             raise typer.Exit(terminal.EXIT_NEGATIVE)
 
-    terminal.run(work())
+    terminal.run(_to_its_end(work()))
 
 
 @app.command(
@@ -128,6 +131,7 @@ def restore(
     target = _target(to, to_seq)
 
     async def work() -> None:
+        from ledger.service.files import disk_errors_named
         from ledger.service.restore import make_plan
         from ledger.service.restore import restore as act
 
@@ -139,7 +143,8 @@ def restore(
             else:
                 print_lines(*plan.steps())
             return
-        restored = await act(plan, _quiet if as_json else terminal.say)
+        with disk_errors_named(into):
+            restored = await act(plan, _quiet if as_json else terminal.say)
         if as_json:
             print_json({"into": str(plan.into), "tenants": [asdict(one) for one in restored]})
         else:
@@ -150,7 +155,17 @@ def restore(
         if any(one.problem for one in restored):
             raise typer.Exit(terminal.EXIT_NEGATIVE)
 
-    terminal.run(work())
+    terminal.run(_to_its_end(work()))
+
+
+async def _to_its_end(work: Coroutine[Any, Any, None]) -> None:
+    """SIGTERM ends it as Ctrl-C does, so that what was begun is removed, and is no success."""
+    from ledger.service.operate import ends_on_sigterm
+
+    async with ends_on_sigterm():
+        await work
+        return
+    raise typer.Exit(terminal.EXIT_TERMINATED)
 
 
 def _quiet(_line: str) -> None:
@@ -168,6 +183,8 @@ def _target(to: str | None, to_seq: list[str] | None) -> Target:
         tenant, _, seq = one.rpartition(":")
         if not (seq.isascii() and seq.isdigit() and tenant):
             raise usage("restore", f"--to-seq: {one!r} is not TENANT:N")
+        if tenant in places:
+            raise usage("restore", f"--to-seq: {tenant} is named twice")
         places[tenant] = int(seq)
     return Target(None if moment_to is None else int(moment_to.timestamp() * 1000), places)
 
@@ -193,11 +210,15 @@ def export_ledger(
 
     async def work() -> None:
         from ledger.service.exporting import export_tenant
-        from ledger.service.files import create_file
+        from ledger.service.files import create_file, disk_errors_named
 
         async with connect(url) as ledger:
             head = await ledger.head(tenant)
-            with terminal.progress("exporting", head.seq) as advance, create_file(file) as opened:
+            with (
+                terminal.progress("exporting", head.seq) as advance,
+                disk_errors_named(file),
+                create_file(file) as opened,
+            ):
                 done = await export_tenant(ledger.server, tenant, opened, advance)
         told = {"tenant": tenant, "file": str(file), "seq": done.head.seq}
         if as_json:
@@ -214,7 +235,7 @@ def export_ledger(
         else:
             print_lines(f"{tenant}: {done.head.length} entries to seq {done.head.seq} in {file}")
 
-    terminal.run(work())
+    terminal.run(_to_its_end(work()))
 
 
 @app.command("import-ledger", epilog=example("govledger import-ledger acgs-dev.ledger"))
@@ -250,7 +271,7 @@ def import_ledger(
         if folded is None:
             raise typer.Exit(terminal.EXIT_NEGATIVE)
 
-    terminal.run(work())
+    terminal.run(_to_its_end(work()))
 
 
 async def _folded(ledger: Ledger, tenant: str) -> int | None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ledger import errors
+from ledger.connect import database_number
 from ledger.server import Server
 from ledger.service.files import in_thread
 from ledger.service.snapshot import copy_saved, is_local, saved_path, take_snapshot
@@ -31,6 +32,9 @@ async def dump_path(server: Server) -> Path:
     Raises:
         CannotDump: it is not, or nobody says.
     """
+    database = database_number(server.settings.redis_url)
+    if database:  # a snapshot has all of them, and who loads it looks in 0
+        raise CannotDump(f"the ledger is in database {database}")
     if server.is_cluster:
         raise CannotDump("each node of a cluster has a part of it")
     if not is_local(server):

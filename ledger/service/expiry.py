@@ -2,8 +2,9 @@
 
 Which are pending is what the governance state says, and what was recorded behind it. The event is
 made of the decision alone (id `expire:<decision id>`, `at` its deadline), so however many
-schedulers append it, it is recorded once. A person who resolves the decision in the same moment
-wins where that is recorded first; the later one counts as a conflict.
+schedulers append it, it is recorded once. Where somebody's other event took that id, a second one
+is tried: nobody is to keep an escalation open by an id. A person who resolves the decision in the
+same moment wins where that is recorded first; the later one counts as a conflict.
 """
 
 from __future__ import annotations
@@ -39,14 +40,17 @@ _MS: Final = timedelta(milliseconds=1)
 _log = logging.getLogger("ledger")
 
 
-def expiry_event(decision_id: str, deadline: int) -> EscalationResolved:
+def expiry_event(decision_id: str, deadline: int, *, fallback: bool = False) -> EscalationResolved:
     """The event that expires the decision; equal bytes whoever makes it.
 
-    An id that does not fit behind the prefix is named by its SHA-256.
+    An id that does not fit behind the prefix is named by its SHA-256; so is the `fallback`'s, for
+    where the id is another event's.
     """
-    event_id = _PREFIX + decision_id
-    if len(event_id) > ID_LENGTH_LIMIT:
-        event_id = f"{_PREFIX}sha256:{hashlib.sha256(decision_id.encode()).hexdigest()}"
+    event_id, digest = _PREFIX + decision_id, hashlib.sha256(decision_id.encode()).hexdigest()
+    if fallback:
+        event_id = f"{_PREFIX}taken:{digest}"
+    elif len(event_id) > ID_LENGTH_LIMIT:
+        event_id = f"{_PREFIX}sha256:{digest}"
     return EscalationResolved(
         id=event_id,
         at=_EPOCH + timedelta(milliseconds=deadline),
@@ -85,15 +89,18 @@ class Expiry:
         """
         now_ms = await server_now_ms(self._server)
         tenants = await self._ledger.tenants()
-        expired, failed = 0, {}
+        expired, failed = 0, dict[str, str]()
         for tenant in await self._worth_a_look(tenants, now_ms):
             try:
-                expired += await self._expire(tenant, now_ms)
+                count, refused = await self._expire(tenant, now_ms)
             except errors.Unavailable:
                 raise
             except errors.LedgerError as error:
-                _log.error("tenant %s: escalations are not expired: %s", tenant, error)
-                failed[tenant] = str(error)
+                count, refused = 0, [error]
+            expired += count
+            for why in refused:
+                _log.error("tenant %s: escalations are not expired: %s", tenant, why)
+                failed.setdefault(tenant, str(why))
         if failed:
             first = next(iter(failed))
             raise errors.JobFailed(
@@ -118,11 +125,12 @@ class Expiry:
                     found.append(tenant)
         return found
 
-    async def _expire(self, tenant: str, now_ms: int) -> int:
+    async def _expire(self, tenant: str, now_ms: int) -> tuple[int, list[errors.LedgerError]]:
+        """How many were expired, and why others were not."""
         fold = self._fold(tenant)
         position, raw = await self._server.command(fold, "HMGET", fold, "position", STATE)
         if position is None or raw is None:
-            return 0
+            return 0, []
         try:
             folded, state = Position.parse(position.decode()), orjson.loads(raw)
             pending, unlisted = pending_with_deadline(state), unlisted_from_seq(state)
@@ -135,10 +143,11 @@ class Expiry:
         if overdue or unlisted is not None:
             pending = await self._pending(tenant, folded, pending, unlisted)
             overdue = [one for one in pending if one.deadline_ms <= now_ms]
-        expired = await self._append(tenant, overdue)
-        later = [one.deadline_ms for one in pending if one.deadline_ms > now_ms]
-        self._seen[tenant] = _Seen(position, min(later, default=None))
-        return expired
+        expired, refused = await self._append(tenant, overdue)
+        if not refused:
+            later = [one.deadline_ms for one in pending if one.deadline_ms > now_ms]
+            self._seen[tenant] = _Seen(position, min(later, default=None))
+        return expired, refused
 
     async def _pending(
         self, tenant: str, position: Position, listed: list[Pending], unlisted: int | None
@@ -159,19 +168,39 @@ class Expiry:
                     _follow(pending, entry, folded=position.seq)
         return [Pending(decision_id, at_ms) for decision_id, at_ms in pending.items()]
 
-    async def _append(self, tenant: str, overdue: list[Pending]) -> int:
-        """How many are recorded by this call and not by another scheduler's."""
-        count = 0
+    async def _append(
+        self, tenant: str, overdue: list[Pending]
+    ) -> tuple[int, list[errors.LedgerError]]:
+        """How many are recorded by this call and not by another scheduler's, and what others were
+        refused for: each is refused alone, and keeps none of the others pending.
+        """
+        count, refused = 0, list[errors.LedgerError]()
         for start in range(0, len(overdue), APPENDS_AT_ONCE):
-            some = overdue[start : start + APPENDS_AT_ONCE]
-            appends = [self._ledger.append(tenant, expiry_event(*one)) for one in some]
-            # Each is refused alone: one id that somebody took does not keep the others pending.
-            results = await asyncio.gather(*appends, return_exceptions=True)
-            for result in results:
-                if isinstance(result, BaseException):
+            appends = [
+                self._resolve(tenant, one) for one in overdue[start : start + APPENDS_AT_ONCE]
+            ]
+            for result in await asyncio.gather(*appends, return_exceptions=True):
+                if isinstance(result, errors.LedgerError) and not isinstance(
+                    result, errors.Unavailable
+                ):
+                    refused.append(result)
+                elif isinstance(result, BaseException):
                     raise result
-                count += not result.duplicate
-        return count
+                else:
+                    count += result
+        return count, refused
+
+    async def _resolve(self, tenant: str, one: Pending) -> bool:
+        """Whether this call recorded the expiry."""
+        event = expiry_event(*one)
+        try:
+            receipt = await self._ledger.append(tenant, event)
+        except errors.ConflictingEvent:
+            there = (await self._ledger.get(tenant, event.id)).event
+            if (there["type"], there.get("decision_id")) == (event.type, one.decision_id):
+                return False  # it is resolved: by another release, whose bytes differ
+            receipt = await self._ledger.append(tenant, expiry_event(*one, fallback=True))
+        return not receipt.duplicate
 
 
 def _follow(pending: dict[str, int], entry: Entry, *, folded: int) -> None:

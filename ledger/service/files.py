@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import os
 import secrets
@@ -16,6 +17,7 @@ from ledger import errors
 
 __all__ = [
     "create_file",
+    "disk_errors_named",
     "fsync_directory",
     "in_thread",
     "partial_path",
@@ -26,6 +28,7 @@ __all__ = [
 
 
 REMOVALS: Final = 3
+_DISK_ERRORS: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 T = TypeVar("T")
 _log = logging.getLogger("ledger")
@@ -67,6 +70,24 @@ def remove(directory: Path) -> None:
         except OSError as error:
             _log.warning("%s is left and can be deleted: %s", directory, error)
             return
+
+
+@contextmanager
+def disk_errors_named(place: Path) -> Iterator[None]:
+    """A write that fails says neither where nor what to do.
+
+    Raises:
+        InvalidInput: the disk of `place` is full or broken, or a limit on files was reached.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        raise errors.InvalidInput(
+            f"{error.filename or place}: it cannot be written: {error.strerror}",
+            hint="make room on that disk, or write to another one; nothing of it was kept",
+        ) from error
 
 
 @contextmanager

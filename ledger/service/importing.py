@@ -24,6 +24,7 @@ from ledger.append import evicting
 from ledger.server import Server, pack
 from ledger.service.exporting import Fields, Progress, record_digest
 from ledger.service.portable import ExportReader, entry_record
+from ledger.spans import Spans
 from ledger.stream import Incident, split_id
 
 __all__ = ["Cut", "Imported", "import_tenant"]
@@ -82,15 +83,15 @@ class _Ordinals:
 
     def __init__(self, incidents: Sequence[Incident]) -> None:
         self.last_seq = 0
-        self._ranges = [
-            (split_id(one.first_id if one.kind == "foreign" else "0-0"), split_id(one.last_id), one)
-            for one in incidents
-            if one.kind in ("foreign", "recreated")
-        ]
+        self._ranges = Spans[Incident]()
+        for one in incidents:
+            if one.kind in ("foreign", "recreated"):
+                first_id = one.first_id if one.kind == "foreign" else "0-0"
+                self._ranges.add(split_id(first_id), split_id(one.last_id), one)
 
     def number(self, entry_id: bytes, fields: Fields) -> _Numbered:
         at = split_id(entry_id)
-        incident = next((one for first, last, one in self._ranges if first <= at <= last), None)
+        incident = self._ranges.at(at)
         if incident is not None:
             foreign = incident.kind == "foreign"
             return _Numbered(
@@ -318,7 +319,8 @@ class _Import:
         try:
             await self._call("import_discard")
         except errors.LedgerError as error:
-            _log.warning("tenant %s: parts of an import are left: %s", self.done.tenant, error)
+            tenant, why = self.done.tenant, error.message
+            _log.warning("tenant %s: parts of an import are left: %s", tenant, why)
 
 
 def _incident_until(incident: Incident, done: Imported) -> Incident | None:

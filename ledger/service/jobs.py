@@ -24,6 +24,7 @@ from ledger.service.snapshot import (
     POLL_MAX_S,
     SNAPSHOT_TIMEOUT_S,
     Retention,
+    archive_owner,
     archive_snapshot,
     take_snapshot,
 )
@@ -83,19 +84,22 @@ async def cleanup(context: JobContext) -> dict[str, Any]:
 
 
 async def snapshot(context: JobContext) -> dict[str, Any]:
-    """Saves every primary to its disk, and copies the dumps out where an archive is given."""
-    server = context.ledger.server
+    """Saves every primary to its disk, and copies the dumps out where an archive is given: then a
+    save of somebody else's is waited for, since its dump may not have what was just recorded.
+    """
+    server, archive = context.ledger.server, context.archive
     at_ms = await server_now_ms(server)
+    owner = await archive_owner(server) if archive else ""
     nodes = []
     for key in server.primary_keys():
-        taken = await take_snapshot(server, key)
+        taken = await take_snapshot(server, key, wait_out=archive is not None)
         if taken is None:
             nodes.append({"skipped": "a save is under way there already"})
             continue
         told: dict[str, Any] = {"run_id": taken.run_id, "seconds": round(taken.seconds, 3)}
-        if context.archive is not None:
+        if archive is not None:
             kept = await archive_snapshot(
-                taken, context.archive.directory, context.archive.retention, at_ms=at_ms
+                taken, archive.directory, archive.retention, owner=owner, at_ms=at_ms
             )
             told |= {"file": str(kept.path), "bytes": kept.size_bytes, "sha256": kept.sha256}
         nodes.append(told)

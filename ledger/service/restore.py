@@ -13,9 +13,11 @@ nothing reads and anybody may delete, and DATA_DIR as it was.
 
 from __future__ import annotations
 
+import logging
+import re
 import secrets
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +30,7 @@ from ledger.memory import iso_ms
 from ledger.server import Server
 from ledger.service.backup import (
     DUMP,
+    MANIFEST,
     TenantState,
     check_target,
     export_path,
@@ -43,6 +46,7 @@ from ledger.service.files import (
     remove,
 )
 from ledger.service.importing import Cut, Imported, import_tenant
+from ledger.service.inspection import info
 from ledger.service.portable import MAGIC, ExportReader
 from ledger.service.scratch import (
     AOF_DIR,
@@ -54,6 +58,7 @@ from ledger.service.scratch import (
     lay_dump,
     private_server,
 )
+from ledger.service.unknown_folds import forget_unknown_folds
 from ledger.stream import Head, split_id
 from projections import Projector
 from projections.store import FoldStore
@@ -67,6 +72,7 @@ HEADER_BYTES: Final = 512
 YEAR_10000_MS: Final = 253_402_300_800_000
 
 Say = Callable[[str], None]
+_log = logging.getLogger("ledger")
 
 
 @dataclass(frozen=True)
@@ -195,7 +201,13 @@ def _plan_directory(source: Path, into: Path, target: Target) -> Plan:
         if dump is None and state.file_sha256 is not None:
             file = export_path(source, place, state.tenant)
             _check_digest(file, state.file_sha256)
+        elif dump is None and state.seq:
+            raise errors.InvalidBackup(
+                f"{source / MANIFEST}: tenant {state.tenant} has entries and no file",
+                hint="the manifest was changed: take another copy of the backup",
+            )
         tenants.append(PlannedTenant(state, file))
+    _check_nothing_else(source, tenants)
     return Plan(
         source,
         manifest.kind,
@@ -207,6 +219,17 @@ def _plan_directory(source: Path, into: Path, target: Target) -> Plan:
         dump,
         manifest.dump_sha256,
     )
+
+
+def _check_nothing_else(source: Path, tenants: Sequence[PlannedTenant]) -> None:
+    """Raises `InvalidBackup` for a tenant's file that no tenant of the manifest has."""
+    known = {one.file for one in tenants}
+    for file in sorted((source / "tenants").glob("*.ledger")):
+        if file not in known:
+            raise errors.InvalidBackup(
+                f"{file}: the manifest has no such file",
+                hint="take another copy of the backup, or restore this file by itself",
+            )
 
 
 def _plan_file(source: Path, into: Path, target: Target) -> Plan:
@@ -336,7 +359,7 @@ async def restore(plan: Plan, say: Say) -> list[Restored]:
         InvalidBackup: what was restored is not what the backup states.
         TargetExists: somebody put something at DATA_DIR meanwhile.
         InvalidInput: the point in time is not in the snapshot.
-        EmbeddedServerError: the server does not start on the snapshot; the message has its log.
+        EmbeddedServerError: the server does not start, or ended in the middle: the disk is full.
     """
     made = [path for path in plan.into.parents if not path.exists()]
     plan.into.parent.mkdir(parents=True, exist_ok=True)
@@ -369,18 +392,56 @@ async def _whole(plan: Plan, partial: Path, data_dir: Path, say: Say) -> list[Re
     del partial
     say("laying the snapshot, and starting a server on it")
     await _laid(plan, data_dir)
-    async with private_server(data_dir) as ledger:
+    async with private_server(data_dir, plan.dump) as ledger:
         tenants, stray = await known_tenants(ledger.server)
         for tenant in stray:
             say(f"tenant {tenant} was not in the registry: now it is")
             await ledger.server.command(keys.TENANTS, "SADD", keys.TENANTS, tenant)
-        stated = {one.state.tenant: one.state for one in plan.tenants}
-        absent = stated.keys() - set(tenants)
-        if absent:
-            raise _not_as_stated(min(absent), "it is not in the snapshot")
+        stated = _stated(plan, tenants)
+        await _check_databases(ledger.server, plan, tenants)
+        # Another server from now on: it must not thin out the archive of the one it was.
+        await ledger.server.command(keys.ARCHIVE_OWNER, "UNLINK", keys.ARCHIVE_OWNER)
+        unknown = await forget_unknown_folds(ledger)
+        if unknown:
+            _log.warning(
+                "the state of %s is left out, since nothing here folds it: name a projection of "
+                "your own in GOVLEDGER_PROJECTIONS, and `govledger project` folds it anew",
+                ", ".join(unknown),
+            )
         return [
             await _whole_tenant(ledger, tenant, stated.get(tenant), plan, say) for tenant in tenants
         ]
+
+
+def _stated(plan: Plan, there: Iterable[str]) -> dict[str, TenantState]:
+    """What the backup states of each tenant, when these are the snapshot's tenants.
+
+    Raises:
+        InvalidBackup: it states one that is not there, or was verified without one that is.
+    """
+    stated, found = {one.state.tenant: one.state for one in plan.tenants}, set(there)
+    for tenant in sorted(stated.keys() - found):
+        raise _not_as_stated(tenant, "it is not in the snapshot")
+    for tenant in sorted(found - stated.keys() if plan.verified else ()):
+        raise _not_as_stated(tenant, "it is in the snapshot, and the manifest does not list it")
+    return stated
+
+
+async def _check_databases(server: Server, plan: Plan, tenants: Sequence[str]) -> None:
+    """A ledger that is in another database than 0 is not seen here: that must not look like none.
+
+    Raises:
+        InvalidBackup: there is nothing but such.
+    """
+    found = await info(server, "", "keyspace")
+    others = [name.removeprefix("db") for name in found if re.fullmatch(r"db[1-9]\d*", name)]
+    if not others:
+        return
+    what = f"{plan.dump}: it has keys in database {', '.join(others)} too"
+    remedy = "load it with a server and `govledger backup` that database: it is exported"
+    if not tenants:
+        raise errors.InvalidBackup(f"{what}, and no ledger in database 0", hint=remedy)
+    _log.warning("%s, where no ledger is looked for: %s", what, remedy)
 
 
 async def _laid(plan: Plan, data_dir: Path) -> None:
@@ -458,11 +519,13 @@ async def _records(plan: Plan, partial: Path, data_dir: Path, say: Say) -> list[
 async def _exported(plan: Plan, partial: Path, say: Say) -> list[PlannedTenant]:
     """The tenants of a snapshot as files, by way of a scratch server."""
     say("loading the snapshot into a scratch server")
-    scratch_dir, stated = partial / "scratch", {one.state.tenant: one.state for one in plan.tenants}
+    scratch_dir = partial / "scratch"
     await _laid(plan, scratch_dir)
     files = []
-    async with private_server(scratch_dir) as scratch:
+    async with private_server(scratch_dir, plan.dump) as scratch:
         tenants, _ = await known_tenants(scratch.server)
+        stated = _stated(plan, tenants)
+        await _check_databases(scratch.server, plan, tenants)
         for tenant in plan.target.to_seq:
             if tenant not in tenants:
                 raise errors.InvalidInput(f"to-seq: the backup has no tenant {tenant}")

@@ -31,6 +31,7 @@ from ledger.settings import JobName
 __all__ = [
     "Run",
     "claim",
+    "claim_token",
     "counts",
     "history",
     "is_gone",
@@ -39,6 +40,13 @@ __all__ = [
     "record_lost",
     "running",
 ]
+
+RUNNING: Final = "running"
+ENDS: Final = ("ok", "skipped", "failed", "stopped")
+"""How a run can end."""
+
+COUNT_DIGITS: Final = 19
+"""Of what HINCRBY can count to."""
 
 RUNS_KEPT: Final = 100
 """Of each job."""
@@ -84,8 +92,20 @@ def is_gone(worker: str) -> bool:
 # -- slots ---------------------------------------------------------------------------------------
 
 
-async def claim(server: Server, job: str, slot_ms: int) -> bool:
-    """Whether this slot is ours, which at most one caller is ever told.
+def claim_token() -> str:
+    """Who asks for a slot; the same for each attempt to get it, and for nothing else."""
+    return f"{worker_name()}:{secrets.token_hex(8)}"
+
+
+async def claim(server: Server, job: str, slot_ms: int, token: str) -> bool:
+    """Whether this slot is ours, which the holder of at most one token is ever told.
+
+    Args:
+        server: where the slots are given.
+        job: whose slot.
+        slot_ms: which.
+        token: of `claim_token`: who asks again after `Unavailable` must ask with the same one,
+            since the slot may have been given to it.
 
     Raises:
         JobFailed: this machine's clock is ahead, so the slot has not come yet.
@@ -97,7 +117,7 @@ async def claim(server: Server, job: str, slot_ms: int) -> bool:
             f"{job}: this machine's clock is {ahead_ms / 1000:.0f} s or more ahead of the server's",
             hint="set the clock (NTP) here; other schedulers run the job meanwhile",
         )
-    key, token = keys.job_slot(job, slot_ms), f"{worker_name()}:{secrets.token_hex(8)}"
+    key = keys.job_slot(job, slot_ms)
     # A retry after a lost answer finds its own token there.
     holder = await server.command(
         key, "SET", key, token, "NX", "GET", "EX", keys.JOB_SLOT_TTL_SECONDS
@@ -107,7 +127,9 @@ async def claim(server: Server, job: str, slot_ms: int) -> bool:
     newest = await server.command(keys.JOBS_CLAIMED, "ZSCORE", keys.JOBS_CLAIMED, job)
     # Nobody can have claimed what is still to come: that was written by other hands.
     possible = newest is not None and float(newest) <= slot_ms - ahead_ms + SLOT_AHEAD_LIMIT_MS
-    if possible and float(newest) >= slot_ms:
+    # While no claim of this slot can have expired, our token there says that nobody else had it.
+    had = holder is not None and -ahead_ms < keys.JOB_SLOT_TTL_SECONDS * 1000 - SLOT_AHEAD_LIMIT_MS
+    if possible and (float(newest) > slot_ms or (float(newest) == slot_ms and not had)):
         return False
     only_up = ("GT",) if possible or newest is None else ()
     await server.command(keys.JOBS_CLAIMED, "ZADD", keys.JOBS_CLAIMED, *only_up, slot_ms, job)
@@ -124,8 +146,10 @@ async def perform(context: JobContext, job: JobName, slot_ms: int | None = None)
         CancelledError: it was stopped; that is recorded too.
         Unavailable: nobody could be told that it begins; then it did not run.
     """
-    server, run_id = context.ledger.server, secrets.token_hex(8)
-    begun = Run(job, "running", worker_name(), slot_ms, await server_now_ms(server), None, {})
+    server = context.ledger.server
+    # A slot's run that is begun again, since the answer was lost, is the same run.
+    run_id = secrets.token_hex(8) if slot_ms is None else f"{job}:{slot_ms}"
+    begun = Run(job, RUNNING, worker_name(), slot_ms, await server_now_ms(server), None, {})
     fields = (run_id, orjson.dumps(asdict(begun)))
     await server.command(keys.JOBS_RUNNING, "HSET", keys.JOBS_RUNNING, *fields)
     clock = time.monotonic()
@@ -216,21 +240,25 @@ async def running(server: Server) -> list[Run]:
 
 
 async def counts(server: Server) -> dict[tuple[str, str], int]:
-    """How many runs have ended, by job and status."""
+    """How many runs have ended, by job and status; what is no count of ours is left out."""
     raw = await server.command(keys.JOB_COUNTS, "HGETALL", keys.JOB_COUNTS)
-    pairs = {
-        name.decode(errors="replace"): int(value) for name, value in raw.items() if value.isdigit()
-    }
-    return {
-        (job, status): n for name, n in pairs.items() for job, _, status in [name.partition(" ")]
-    }
+    found = {}
+    for name, value in raw.items():
+        job, _, status = name.decode(errors="replace").partition(" ")
+        if job in JOBS and status in ENDS and value.isdigit() and len(value) <= COUNT_DIGITS:
+            found[job, status] = int(value)
+    return found
 
 
 def _runs(raws: Sequence[bytes]) -> list[Run]:
     found = []
     for raw in raws:
         try:
-            found.append(msgspec.json.decode(raw, type=Run))
+            run: Run | None = msgspec.json.decode(raw, type=Run)
         except (msgspec.MsgspecError, ValueError):
+            run = None
+        if run is not None and run.job in JOBS and run.status in (RUNNING, *ENDS):
+            found.append(run)
+        else:
             _log.warning("a run that is no run of ours lies among the jobs: %s", ascii(raw[:100]))
     return found

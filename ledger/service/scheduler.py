@@ -19,7 +19,7 @@ from apscheduler.triggers.interval import IntervalTrigger
 
 from ledger import errors
 from ledger.service.jobs import JobContext
-from ledger.service.runs import Run, claim, perform
+from ledger.service.runs import Run, claim, claim_token, perform
 from ledger.settings import JobName, JobSchedule
 
 __all__ = ["STOP_AFTER_S", "Scheduler", "latest_slot", "trigger_of"]
@@ -113,12 +113,17 @@ class Scheduler:
 
     async def _attend(self, job: JobName) -> None:
         server, claimed_ms, told = self._context.ledger.server, None, ""
+        asked_ms, token = None, ""
         while True:
             try:
                 if claimed_ms is None:
                     slot = latest_slot(self._table[job], datetime.now(UTC))
                     slot_ms = (slot - _EPOCH) // timedelta(milliseconds=1) if slot else None
-                    if slot_ms is None or not await claim(server, job, slot_ms):
+                    if slot_ms is None:
+                        return
+                    if slot_ms != asked_ms:
+                        asked_ms, token = slot_ms, claim_token()
+                    if not await claim(server, job, slot_ms, token):
                         return
                     claimed_ms = slot_ms
                 self._performing.add(job)

@@ -7,6 +7,7 @@ up empty. So the dump is laid as the base of the append-only file, with the mani
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
 import os
 import re
@@ -19,7 +20,7 @@ from typing import BinaryIO, Final
 from redis import exceptions as redis_errors
 
 from ledger import errors, keys
-from ledger.embedded import EmbeddedServer
+from ledger.embedded import EmbeddedServer, is_running
 from ledger.ledger import Ledger
 from ledger.server import LIBRARY_VERSION, Server, library_source, pack
 from ledger.service.files import fsync_directory
@@ -48,6 +49,11 @@ AOF_DIR: Final = "appendonlydir"
 _BASE: Final = "appendonly.aof.1.base.rdb"
 _HEADER: Final = re.compile(rb"(REDIS|VALKEY)(\d{3,4})")
 RDB_HEADER_BYTES: Final = 9
+LOG_TAIL_BYTES: Final = 4096
+_DISK_SIGNS: Final = (os.strerror(errno.ENOSPC), "AOF write error")
+"""What its log says where the disk is full or broken."""
+
+_WARNING: Final = re.compile(r"\d+:[A-Z] [^#*]* # (?!WARNING )(.*)")
 
 
 def is_dump(header: bytes) -> bool:
@@ -115,20 +121,77 @@ def lay_dump(dump: Path, data_dir: Path) -> str:
 
 
 @asynccontextmanager
-async def private_server(data_dir: Path) -> AsyncIterator[Ledger]:
+async def private_server(data_dir: Path, dump: Path | None = None) -> AsyncIterator[Ledger]:
     """A ledger on an embedded server that nobody else knows; it has ended when the block has.
 
+    Args:
+        data_dir: the server's.
+        dump: the snapshot that was laid there, for the message where it does not load.
+
     Raises:
-        EmbeddedServerError: it does not start; where a snapshot is damaged, its log says so.
+        InvalidBackup: the server ended while it loaded the snapshot.
+        EmbeddedServerError: it does not start, or ended in the middle, as where the disk is full.
     """
-    hold = await _acquired(data_dir)
+    try:
+        hold = await _acquired(data_dir)
+    except errors.EmbeddedServerError as error:
+        raise _not_started(error, data_dir, dump) from error
     try:
         settings = load_settings(redis_url=hold.url).model_copy(update={"redis_password": None})
         async with Ledger.connect(settings=settings) as ledger:
             await _own_library(ledger.server)
             yield ledger
+    except errors.LedgerError as error:
+        if await asyncio.to_thread(is_running, data_dir):
+            raise
+        raise _ended(data_dir) from error
     finally:
         await asyncio.shield(asyncio.to_thread(hold.stop))
+
+
+def _not_started(
+    error: errors.EmbeddedServerError, data_dir: Path, dump: Path | None
+) -> errors.LedgerError:
+    words = _last_words(data_dir) if "log" in error.facts else ""
+    if _names_the_disk(words):
+        return _ended(data_dir)
+    if not words or dump is None:
+        return error
+    return errors.InvalidBackup(
+        f"{dump}: the embedded server cannot load it: {words}",
+        hint="the snapshot is damaged: take another copy of it, or another one",
+        path=str(dump),
+    )
+
+
+def _ended(data_dir: Path) -> errors.EmbeddedServerError:
+    """What to say where the server died: that it cannot be reached is no news of REDIS_URL."""
+    words = _last_words(data_dir)
+    hint = "try again; if it ends again, look for what kills processes here, such as too little RAM"
+    if _names_the_disk(words):
+        hint = "the disk is full or broken: make room, or name a directory on another one"
+    return errors.EmbeddedServerError(
+        f"{data_dir.parent.parent}: the private server that was begun there has ended"
+        + (f": {words}" if words else ""),
+        hint=hint,
+    )
+
+
+def _last_words(data_dir: Path) -> str:
+    """The last warning in the server's log, which is deleted with the directory."""
+    try:
+        with (data_dir / "valkey.log").open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - LOG_TAIL_BYTES))
+            lines = file.read().decode(errors="replace").splitlines()
+    except OSError:
+        return ""
+    told = [found[1] for line in lines if (found := _WARNING.match(line))]
+    return next(filter(_names_the_disk, told), told[-1] if told else "")
+
+
+def _names_the_disk(words: str) -> bool:
+    return any(sign in words for sign in _DISK_SIGNS)
 
 
 async def _acquired(data_dir: Path) -> EmbeddedServer:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import secrets
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -18,7 +19,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import BinaryIO, Final
 
-from ledger import errors
+from ledger import errors, keys
 from ledger.server import Server
 from ledger.service.files import fsync_directory
 from ledger.service.inspection import config, info, server_now_ms
@@ -28,6 +29,7 @@ __all__ = [
     "Archived",
     "Retention",
     "Snapshot",
+    "archive_owner",
     "archive_snapshot",
     "copy_saved",
     "is_local",
@@ -39,7 +41,10 @@ __all__ = [
 POLL_S: Final = 0.05
 POLL_MAX_S: Final = 1.0
 SNAPSHOT_TIMEOUT_S: Final = 3600.0
-_NAME: Final = re.compile(r"dump-(\d{8}T\d{6}\d{3}Z)-[0-9a-f]{8}\.rdb")
+_OWNER: Final = re.compile(r"[0-9a-f]{8}")
+_NAME: Final = re.compile(r"dump-(\d{8}T\d{6}\d{3}Z)-([0-9a-f]{8})-[0-9a-f]{8}\.rdb")
+_AHEAD: Final = timedelta(minutes=5)
+"""A copy whose time is further ahead was made while a clock was wrong."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,16 +192,40 @@ async def saved_path(server: Server, key: str = "") -> Path | None:
 # -- the copy ------------------------------------------------------------------------------------
 
 
+async def archive_owner(server: Server) -> str:
+    """Whose copies are whose, where several servers have one directory: 8 hex digits that Redis
+    keeps. A `run_id` would not do, since it is another one after each restart.
+
+    Raises:
+        SnapshotFailed: other hands put something else there.
+    """
+    made = secrets.token_hex(4)
+    kept = await server.command(keys.ARCHIVE_OWNER, "SET", keys.ARCHIVE_OWNER, made, "NX", "GET")
+    owner = made if kept is None else str(kept.decode(errors="replace"))
+    if not _OWNER.fullmatch(owner):
+        raise errors.SnapshotFailed(
+            f"{keys.ARCHIVE_OWNER} is {owner[:80]!a}, which nobody of us wrote",
+            hint="delete it: then a new one is made, and no copy that is there is removed any more",
+        )
+    return owner
+
+
 async def archive_snapshot(
-    snapshot: Snapshot, directory: Path, retention: Retention | None = None, *, at_ms: int = 0
+    snapshot: Snapshot,
+    directory: Path,
+    retention: Retention | None = None,
+    *,
+    owner: str,
+    at_ms: int = 0,
 ) -> Archived:
     """Copies the dump into `directory`, with its SHA-256 beside it as `sha256sum -c` reads it, and
-    removes the copies that the rule does not keep. Copy, digest and directory are on disk then.
+    removes the owner's copies that the rule does not keep. All of it is on disk then.
 
     Args:
         snapshot: which; its path must be readable here.
         directory: where to; it is made where it is not there, for our eyes only.
         retention: the rule; None keeps everything.
+        owner: of `archive_owner`.
         at_ms: the time in the name, the same for all nodes of a cluster; by default the snapshot's.
 
     Raises:
@@ -208,26 +237,25 @@ async def archive_snapshot(
             "the dump cannot be copied out: CONFIG is denied, so nobody says where it is",
             hint="grant +config|get, or archive by an operator's user",
         )
+    moment = datetime.fromtimestamp((at_ms or snapshot.begun_ms) / 1000, UTC)
+    stamp = f"{moment:%Y%m%dT%H%M%S}{moment.microsecond // 1000:03d}Z"
+    path = directory / f"dump-{stamp}-{owner}-{snapshot.run_id[:8]}.rdb"
     try:
-        return await asyncio.to_thread(
-            _archive, snapshot, snapshot.path, directory, retention, at_ms or snapshot.begun_ms
-        )
+        return await asyncio.to_thread(_archive, snapshot, snapshot.path, path, retention, moment)
     except OSError as error:
         where = "the server is on another machine; " if snapshot.remote else ""
         raise errors.SnapshotFailed(
-            f"the dump cannot be copied out: {error.filename}: {error.strerror}",
+            f"the dump cannot be copied out: {error.filename or directory}: {error.strerror}",
             hint=f"{where}the scheduler must run where it can read {snapshot.path} and write "
-            f"{directory}",
+            f"{directory}, with room for it",
         ) from error
 
 
 def _archive(
-    snapshot: Snapshot, source: Path, directory: Path, retention: Retention | None, at_ms: int
+    snapshot: Snapshot, source: Path, path: Path, retention: Retention | None, moment: datetime
 ) -> Archived:
+    directory = path.parent
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-    moment = datetime.fromtimestamp(at_ms / 1000, UTC)
-    stamp = f"{moment:%Y%m%dT%H%M%S}{at_ms % 1000:03d}Z"
-    path = directory / f"dump-{stamp}-{snapshot.run_id[:8]}.rdb"
     partial = path.with_suffix(".partial")
     try:
         with source.open("rb") as dump:
@@ -237,7 +265,8 @@ def _archive(
     finally:
         partial.unlink(missing_ok=True)
     if retention is not None:
-        for old in superfluous((one.name for one in directory.iterdir()), retention, moment):
+        names = (one.name for one in directory.iterdir())
+        for old in superfluous(names, path.name, retention, max(moment, datetime.now(UTC))):
             (directory / f"{old}.sha256").unlink(missing_ok=True)
             (directory / old).unlink(missing_ok=True)
         for one in directory.glob("dump-*.partial"):  # of a process that was killed
@@ -284,17 +313,25 @@ def _write(path: Path, content: bytes) -> None:
     partial.replace(path)
 
 
-def superfluous(names: Iterable[str], retention: Retention, now: datetime) -> list[str]:
-    """Which of the copies may go; what is not named as ours are is never among them.
+def superfluous(names: Iterable[str], made: str, retention: Retention, now: datetime) -> list[str]:
+    """Which copies may go, of those that have the owner of the one just made, which stays.
 
-    The nodes of a cluster are saved as one: their copies have the same time and stay or go
-    together.
+    What is not named as ours are is never among them. The nodes of a cluster are saved as one:
+    their copies have the same time and stay or go together. A time that is still to come was read
+    off a wrong clock: such a copy counts as the oldest, and as none of a day's.
     """
-    copies = {name: match[1] for name in names if (match := _NAME.fullmatch(name))}
+    just = _NAME.fullmatch(made)
+    assert just is not None
+    copies = {
+        name: match[1] for name in names if (match := _NAME.fullmatch(name)) and match[2] == just[2]
+    }
+    ahead = (now + _AHEAD).strftime("%Y%m%dT%H%M%S999Z")
     moments = sorted(set(copies.values()), reverse=True)
-    kept, days = set(moments[: max(1, retention.last)]), set()
+    true = [moment for moment in moments if moment <= ahead]
+    rated = true + [moment for moment in moments if moment > ahead]
+    kept, days = {just[1], *rated[: max(1, retention.last)]}, set()
     oldest = (now - timedelta(days=retention.days)).strftime("%Y%m%d")
-    for moment in moments:
+    for moment in true:
         day = moment[:8]
         if day > oldest and day not in days:
             days.add(day)

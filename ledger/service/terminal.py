@@ -51,6 +51,7 @@ EXIT_UNAVAILABLE: Final = 3
 EXIT_REFUSED: Final = 4
 EXIT_INTERRUPTED: Final = 130
 EXIT_BROKEN_PIPE: Final = 141
+EXIT_TERMINATED: Final = 143
 
 _EXIT_CODES: Final[tuple[tuple[type[errors.LedgerError], int], ...]] = (
     (errors.NotFound, EXIT_NEGATIVE),
