@@ -434,7 +434,9 @@ class Projector:
         projection = self._projection(name)
         if not (await self.ledger.head(tenant)).seq:
             raise errors.NotFound(f"tenant {tenant}: nothing is recorded", tenant=tenant)
-        live = self._fold_of(tenant, projection)
+        # One of its own: a worker of this projector may be in the middle of a page of the other.
+        live_store = FoldStore(self.server, tenant, projection, worker=self.worker)
+        live = TenantFold(self.server, tenant, projection, live_store)
         try:
             await self._check_rollback(live)
         except errors.LedgerRolledBack:
@@ -458,7 +460,7 @@ class Projector:
         folded = await self._catch_up(fold, on_progress)
         assert fold.committed is not None
         await store.adopt(fold.committed)
-        live.forget()
+        self._folds.pop((live.tenant, live.projection.name), None)
         # By the live fold: what is adopted lies under the live keys, agents' entities too.
         await live.begin()
         await live.publish(self._ttl_seconds, anew=True, whole=True)
@@ -484,4 +486,3 @@ class Projector:
             new = secrets.token_hex(8)
             await self.server.function("govledger_begin_epoch", on, head.epoch, new)
             _log.warning("tenant %s: rollback accepted; epoch %s began", live.tenant, new)
-        live.forget()
