@@ -448,6 +448,15 @@ local function lease(keys, args)
   return answers
 end
 
+-- Takes a lease from whoever holds it: its commits are refused from here on. KEYS: the lease. ARGV:
+-- protocol, who takes it, for how long in ms.
+local function seize(keys, args)
+  local refusal = protocol_refusal(args[1])
+  if refusal then return refusal end
+  call('SET', keys[1], args[2], 'PX', args[3])
+  return 1
+end
+
 -- KEYS: leases of one tenant. ARGV: protocol, worker: gives back what it holds of them.
 local function release(keys, args)
   local refusal = protocol_refusal(args[1])
@@ -550,17 +559,29 @@ local function adopt_quarantined(list, rebuilt, prefix)
   call('UNLINK', rebuilt)
 end
 
--- Puts a rebuilt projection in the place of the old one. KEYS: pairs of old and rebuilt key, the
--- projection's hashes first, the quarantine lists last. ARGV: protocol, position and build of the
--- rebuilt one, what the fields of its version begin with in the quarantine list.
+local function epoch_and_seq(committed)
+  local epoch, seq = string.match(committed, '^(%x+)/(%d+)/')
+  return epoch, tonumber(seq)
+end
+
+-- Puts a rebuilt projection in the place of the old one, unless that is of the same epoch and further on:
+-- readers would go back. KEYS: pairs of old and rebuilt key, the projection's hashes first, the quarantine
+-- lists last, then the old one's lease. ARGV: protocol, position and build of the rebuilt one, what the
+-- fields of its version begin with in the quarantine list, who may hold the lease ('' = nobody): nothing
+-- was committed since it was taken, so what is further on is what the ledger has no more.
 local function adopt(keys, args)
   local refusal = protocol_refusal(args[1])
   if refusal then return refusal end
   if committed_at(keys[1]) == args[2] then return 1 end  -- our own call, whose answer was lost
   local rebuilt = committed_at(keys[2])
   if rebuilt ~= args[2] then return refuse('LEDGERPOSITION', rebuilt) end
-  adopt_quarantined(keys[#keys - 1], keys[#keys], args[3])
-  for i = 1, #keys - 2, 2 do
+  local live_epoch, live_seq = epoch_and_seq(committed_at(keys[1]))
+  local epoch, seq = epoch_and_seq(rebuilt)
+  if live_epoch and live_epoch == epoch and live_seq > seq and call('GET', keys[#keys]) ~= args[4] then
+    return refuse('LEDGERAHEAD', live_seq)
+  end
+  adopt_quarantined(keys[#keys - 2], keys[#keys - 1], args[3])
+  for i = 1, #keys - 3, 2 do
     if call('EXISTS', keys[i + 1]) == 1 then
       call('RENAME', keys[i + 1], keys[i])
     else
@@ -826,6 +847,7 @@ redis.register_function('govledger_finish_reindex', finish_reindex)
 redis.register_function('govledger_begin_epoch', begin_epoch)
 redis.register_function('govledger_lease', lease)
 redis.register_function('govledger_release', release)
+redis.register_function('govledger_seize', seize)
 redis.register_function('govledger_commit', commit)
 redis.register_function('govledger_drop_snapshot', drop_snapshot)
 redis.register_function('govledger_adopt', adopt)

@@ -47,11 +47,13 @@ class EntityCopies:
         self._noted_after = 0
         """What was changed behind this seq is in `_due`."""
         self._seq = 0
+        self._begun = 0
         self._walk: Walk | None = None
 
     def begin(self, seq: int) -> None:
         """The fold goes on from what is committed, up to `seq`, perhaps by another worker."""
         self._due.clear()
+        self._begun += 1
         self._mark, self._walk, self._noted_after, self._seq = None, None, seq, seq
 
     def note(self, changed: Iterable[str], seq: int) -> None:
@@ -79,10 +81,14 @@ class EntityCopies:
 
         Raises:
             LedgerRolledBack, EntriesMissing: the entries that name what is due are not there.
+            CommitConflict: the fold was begun anew meanwhile.
         """
         assert committed.position is not None
+        begun = self._begun
         if self._mark is None:
-            self._mark = min(await self._store.copies_mark(committed), self._noted_after)
+            mark = await self._store.copies_mark(committed)
+            self._check_begun(begun)
+            self._mark = min(mark, self._noted_after)
         if self._mark < self._noted_after:
             names, seq = await self._named_behind(self._mark, committed.position.epoch)
         else:
@@ -94,6 +100,7 @@ class EntityCopies:
         )
         values = self._values(names, entities)
         await self._store.publish_entities(committed, values, ttl_seconds, anew=anew)
+        self._check_begun(begun)
         for name in names:
             self._due.pop(name, None)
         if seq > self._mark:
@@ -101,9 +108,17 @@ class EntityCopies:
                 await self._store.mark_copies(committed, seq)
             except errors.CommitConflict as error:
                 _log.debug("%s", error)  # who folds it moves the mark itself
+            self._check_begun(begun)
             self._mark, self._noted_after = seq, max(seq, self._noted_after)
         if self._mark >= self._noted_after:
             self._walk = None
+
+    def _check_begun(self, begun: int) -> None:
+        if begun != self._begun:
+            raise errors.CommitConflict(
+                f"tenant {self._tenant}: {self._projection.name} was begun anew meanwhile",
+                hint="the copies that are due are found again by the entries",
+            )
 
     def _values(self, names: Iterable[str], entities: Entities) -> dict[str, dict[str, Any]]:
         values = {}

@@ -42,6 +42,9 @@ FOLDS_AT_ONCE: Final = 8
 FOLDS_KEPT: Final = 1000
 ATTEMPTS: Final = 5
 HANDOVER_S: Final = 0.05
+SEIZED_MS: Final = 1_000
+"""How long a rebuild that keeps being overtaken holds the tenant's other workers up, at most."""
+
 TAKEOVER_S: Final = 0.1
 """How soon after another worker's lease has run out somebody looks whether it has died."""
 
@@ -450,11 +453,14 @@ class Projector:
             NotFound: nothing is recorded for the tenant, or there is no such projection.
             LedgerRolledBack: it went back, and nobody accepted that.
             LeaseHeld: it is being rebuilt already.
+            CommitConflict: other projectors kept overtaking it.
         """
         projection = self._projection(name)
         if not (await self.ledger.head(tenant)).seq:
             raise errors.NotFound(f"tenant {tenant}: nothing is recorded", tenant=tenant)
-        live = self._fold_of(tenant, projection)
+        # One of its own: a worker of this projector may be in the middle of a page of the other.
+        live_store = FoldStore(self.server, tenant, projection, worker=self.worker)
+        live = TenantFold(self.server, tenant, projection, live_store)
         try:
             await self._check_rollback(live)
         except errors.LedgerRolledBack:
@@ -475,13 +481,37 @@ class Projector:
         await store.discard()
         fold = TenantFold(self.server, live.tenant, live.projection, store)
         fold.published_at = float("inf")  # readers keep the old one until this one is whole
-        folded = await self._catch_up(fold, on_progress)
-        assert fold.committed is not None
-        await store.adopt(fold.committed)
-        live.forget()
+        folded = await self._catch_up_and_adopt(fold, live.store, on_progress)
+        self._folds.pop((live.tenant, live.projection.name), None)
         # By the live fold: what is adopted lies under the live keys, agents' entities too.
         await live.begin()
         await live.publish(self._ttl_seconds, anew=True, whole=True)
+        return folded
+
+    async def _catch_up_and_adopt(
+        self, fold: TenantFold, live: FoldStore, on_progress: Progress | None
+    ) -> int:
+        """Folds to the head, and on for as long as the live fold is further by then; at last that
+        is held up meanwhile.
+        """
+        folded, holder = 0, ""
+        try:
+            for left in reversed(range(ATTEMPTS)):
+                folded += await self._catch_up(fold, on_progress)
+                assert fold.committed is not None
+                try:
+                    await fold.store.adopt(fold.committed, holder)
+                except errors.CommitConflict as error:
+                    if not left or "ahead_seq" not in error.facts:
+                        raise
+                else:
+                    break
+                if left <= ATTEMPTS // 2:
+                    holder = worker_name()  # not this worker's: its own commits are to wait too
+                    await live.seize(holder, SEIZED_MS)
+        finally:
+            if holder:
+                await live.release(holder)
         return folded
 
     async def _check_rollback(self, live: TenantFold) -> None:
@@ -504,4 +534,3 @@ class Projector:
             new = secrets.token_hex(8)
             await self.server.function("govledger_begin_epoch", on, head.epoch, new)
             _log.warning("tenant %s: rollback accepted; epoch %s began", live.tenant, new)
-        live.forget()

@@ -313,6 +313,14 @@ class FoldStore:
         if lease:
             left_ms, _, holder = facts.partition(" ")
             return lease_held(self.tenant, self.projection.name, holder, int(left_ms))
+        _, ahead, seq = error.message.partition("LEDGERAHEAD ")
+        if ahead:
+            return errors.CommitConflict(
+                f"tenant {self.tenant}: {self.projection.name} is committed at seq {seq}, which is "
+                f"behind {before}",
+                hint="another projector went on with it; fold up to there and try again",
+                ahead_seq=int(seq),
+            )
         _, position, found = error.message.partition("LEDGERPOSITION")
         if not position:
             return None
@@ -490,11 +498,16 @@ class FoldStore:
                     _feed(sha256, name, entity)
         return sha256.hexdigest()
 
-    async def adopt(self, committed: Committed) -> None:
+    async def adopt(self, committed: Committed, holder: str = "") -> None:
         """Puts this rebuilt state in the place of the live one, its quarantine too, in one step.
 
+        Args:
+            committed: where the rebuilt one stands.
+            holder: who seized the live lease before the rebuilt one was folded to the head.
+
         Raises:
-            CommitConflict: somebody else has rebuilt it meanwhile.
+            CommitConflict: somebody else has rebuilt it meanwhile; or, with `ahead_seq` in the
+                facts, the live one is further on, and no `holder` keeps it there.
         """
         live = FoldStore(self._server, self.tenant, self.projection)
         seqs = await self._snapshot_seqs() | await live._snapshot_seqs()
@@ -503,8 +516,17 @@ class FoldStore:
             *zip(live._kept_keys(seqs), self._kept_keys(seqs), strict=True),
             (live._quarantine, self._quarantine),
         ]
-        on = [key for pair in pairs for key in pair]
-        await self._fenced("govledger_adopt", on, committed.token, self._quarantine_prefix)
+        on = [*(key for pair in pairs for key in pair), live._lease]
+        prefix = self._quarantine_prefix
+        await self._fenced("govledger_adopt", on, committed.token, prefix, holder)
+
+    async def seize(self, holder: str, lease_ms: int) -> None:
+        """Takes the lease from whoever holds it, for as long: its commits are refused."""
+        await self._server.function("govledger_seize", [self._lease], holder, lease_ms)
+
+    async def release(self, holder: str) -> None:
+        """Gives the lease back, if that holder has it."""
+        await self._server.function("govledger_release", [self._lease], holder)
 
     # -- quarantine ---------------------------------------------------------------------------
 

@@ -78,10 +78,11 @@ class Subjects:
                 key = decision_id.encode()
                 if not (key in met or key in self.untouched or key in self._touched):
                     unmet[decision_id] = None
-        self._looked_up |= dict.fromkeys(decision_id.encode() for decision_id in unmet)
+        looked_up = self._looked_up  # of this walk: another one may begin while these are read
+        looked_up |= dict.fromkeys(decision_id.encode() for decision_id in unmet)
         for found in await find_many(self._server, self._tenant, list(unmet)):
             if found.raw_fields[1] == DECISION:
-                self._looked_up[found.raw_fields[3]] = found
+                looked_up[found.raw_fields[3]] = found
 
 
 def latest(kept: dict[_Key, _Value], limit: int) -> dict[_Key, _Value]:

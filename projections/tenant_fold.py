@@ -81,6 +81,8 @@ class TenantFold:
         self.committed: Committed | None = None
         self._folded: Position | None = None
         """How far memory is: past the committed position while a commit is under way."""
+        self._memory = 0
+        """Which memory this is: another one once it was dropped, or a page was applied to it."""
         self._landing: _Landing | None = None
         self._since: Mapping[str, int] = {}
         """Of the entities that were applied last; see `_Needs.names`."""
@@ -133,10 +135,19 @@ class TenantFold:
         if self._landing is not None:  # it may land: the next fold begins where it then stands
             self._landing.commit.add_done_callback(_seen)
             self._landing = None
+        self._memory += 1
         self._left = self.committed or self._left
         self.committed = self._folded = self._walk = None
         self._entities.clear()
         self._subjects.forget()
+
+    def _check_memory(self, memory: int) -> None:
+        """Whoever has waited goes on in the memory that it began with, or not at all."""
+        if memory != self._memory:
+            raise errors.CommitConflict(
+                f"tenant {self.tenant}: {self.projection.name} was begun anew, or folded, meanwhile",
+                hint="the next fold goes on from what is committed",
+            )
 
     def begin_with(self, state: dict[str, Any]) -> None:
         """What is applied next goes on top of this entity `state`."""
@@ -255,12 +266,10 @@ class TenantFold:
                 )
             own, position = [entry for entry in page if not entry.foreign], walk.position
             changed, quarantined = await self.apply(own, keep_bodies=True)
+            memory = self._memory
             await self.settle()
-            if self.committed is None:
-                raise errors.CommitConflict(  # noqa: TRY301 - so that memory is dropped here too
-                    f"tenant {self.tenant}: {self.projection.name} was rebuilt meanwhile",
-                    hint="the next fold goes on from there",
-                )
+            self._check_memory(memory)
+            assert self.committed is not None
             commit = self.store.commit(self.committed, position, changed, quarantined, self._since)
             self._landing = _Landing(asyncio.ensure_future(commit), changed)
             self._folded = position
@@ -284,7 +293,10 @@ class TenantFold:
         self, entries: Sequence[Entry], *, keep_bodies: bool = False
     ) -> tuple[dict[str, dict[str, Any]], dict[int, str]]:
         """Folds entries of ours in memory; what changed, and why which of them were refused."""
+        memory = self._memory
         needs, entities = await self._gather(entries), self._entities
+        self._check_memory(memory)
+        self._memory += 1
         refused = self._apply_all(entities, entries, needs.subjects) if entries else {}
         for seq, reason in refused.items():
             self._name_quarantined(seq, reason)
@@ -301,7 +313,7 @@ class TenantFold:
 
         An entity is not looked for where it cannot exist: of a decision that has no follow-up yet.
         """
-        subjects: list[Entry | None] = [None] * len(entries)
+        memory, subjects = self._memory, list[Entry | None]([None] * len(entries))
         first = await self._find_subjects(entries, subjects) if self._wants_subjects else ()
         needs, sought, naming = _Needs(subjects, {STATE: 0}, set()), dict[str, int](), self._naming
         names, known = needs.names, self._entities
@@ -320,7 +332,9 @@ class TenantFold:
                 elif not of_decision or entry.seq not in first:
                     sought[name] = names[name]
         if sought:
-            self._entities.update(await self._load_entities(sought))
+            found = await self._load_entities(sought)
+            self._check_memory(memory)
+            self._entities.update(found)
         return needs
 
     async def _load_entities(self, names: Mapping[str, int]) -> Entities:
@@ -341,7 +355,7 @@ class TenantFold:
         Waits only where a decision is not at hand: then all that the rest need are read at once.
         """
         read_all(entries)
-        kept, first = self._subjects, set[int]()
+        memory, kept, first = self._memory, self._subjects, set[int]()
         untouched = kept.untouched
         for place, entry in enumerate(entries):
             fields = entry.raw_fields
@@ -352,6 +366,7 @@ class TenantFold:
                 found = kept.of(entry)
                 if found is None:
                     await kept.look_ahead(entries[place:])
+                    self._check_memory(memory)
                     found = kept.of(entry)
                     assert found is not None
                 subjects[place], is_first = found
@@ -392,16 +407,19 @@ class TenantFold:
         the first one at once. `anew`: the fold was rebuilt.
         """
         await self.settle()
-        if self.committed is None or self.committed.position is None:
+        committed, memory = self.committed, self._memory
+        if committed is None or committed.position is None:
             return
         standing = await self.standing()
         if standing is Standing.SUPERSEDED or (standing is Standing.NEXT and self.is_behind):
             return
         if self._marked is not None and not await self._unmark():
             return
-        await self.store.publish(self.committed, self.state, ttl_seconds, anew=anew)
+        self._check_memory(memory)
+        await self.store.publish(committed, self.state, ttl_seconds, anew=anew)
         while self._copies is not None and self._copies.are_due:
-            await self._copies.publish(self.committed, self._entities, ttl_seconds, anew=anew)
+            self._check_memory(memory)
+            await self._copies.publish(committed, self._entities, ttl_seconds, anew=anew)
             if not whole:
                 break
         if standing is Standing.NEXT or not self.published_at:

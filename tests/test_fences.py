@@ -213,6 +213,28 @@ async def test_a_rebuild_that_was_overtaken_is_not_adopted(ledger, tenant):
     assert (await fold.store.load(["state"]))["state"] == {"allow": 1}
 
 
+async def test_a_rebuilt_fold_that_is_behind_the_live_one_is_not_adopted(ledger, tenant):
+    """Readers would go back; unless who seized the live lease knows that nothing lies between."""
+    await ledger.append(tenant, decision(1))
+    rebuilt = FoldStore(ledger.server, tenant, Counter(), rebuild=True)
+    _, fold = await folded(ledger, tenant)
+    before, _ = await rebuilt.committed()
+    after = await rebuilt.commit(before, fold.committed.position, {"state": {"allow": 9}}, {})
+    await ledger.append(tenant, decision(2))
+    _, fold = await folded(ledger, tenant)
+    for holder in ("", "nobody"):
+        with pytest.raises(errors.CommitConflict, match="committed at seq 2") as refused:
+            await rebuilt.adopt(after, holder)
+        assert refused.value.facts == {"ahead_seq": 2}
+    assert await fold.store.seq() == 2
+    await fold.store.seize("rebuilding", 60_000)
+    with pytest.raises(errors.CommitConflict):
+        await fold.store.commit(fold.committed, fold.committed.position, {}, {})
+    await rebuilt.adopt(after, "rebuilding")
+    await fold.store.release("rebuilding")
+    assert (await fold.store.load(["state"]))["state"] == {"allow": 9}
+
+
 class Readable(Counter):
     """A repaired release of the same version: it can read what the other could not."""
 

@@ -1,6 +1,6 @@
 """A rebuild among projectors that are at work."""
 
-from ledger import Decision, Ledger
+from ledger import Decision, Ledger, errors
 from projections import Projector, StateReader
 from projections.store import FoldStore
 
@@ -19,8 +19,8 @@ async def test_a_rebuild_never_takes_a_later_published_state_back(server, tenant
         await projector.run_once([tenant])
         adopt = FoldStore.adopt
 
-        async def overtaken(store, committed):
-            await adopt(store, committed)
+        async def overtaken(store, *args):
+            await adopt(store, *args)
             await ledger.append_many(tenant, [decision(number) for number in range(10, 15)])
             await other.run_once([tenant])
 
@@ -38,3 +38,40 @@ async def test_a_rebuild_never_takes_a_later_published_state_back(server, tenant
         await projector.run_once([tenant])
         state = await StateReader(ledger).state(tenant, at_least=16)
         assert state.value["decisions"]["total"] == 16
+
+
+async def test_a_rebuild_that_is_always_overtaken_ends_and_takes_nobody_back(
+    valkey, tenant, monkeypatch
+):
+    """Readers' committed state never goes back: a rebuild that is behind the live fold by the time
+    folds on, and at last holds the others up for one page.
+    """
+    async with Ledger.connect(valkey.url) as ledger:
+        await ledger.append(tenant, decision(0))
+        other = Projector(ledger)
+        await other.run_once([tenant])
+        live = other._fold_of(tenant, other.projections[0])
+        snapshot_seqs, overtaken = FoldStore._snapshot_seqs, []
+
+        async def overtaking(store):
+            if store._rebuild:
+                await ledger.append(tenant, decision(len(overtaken) + 1))
+                try:
+                    await other._catch_up(live)
+                    overtaken.append(live.seq)
+                except errors.LeaseHeld:
+                    overtaken.append(None)
+            return await snapshot_seqs(store)
+
+        before = await live.store.committed()
+        monkeypatch.setattr(FoldStore, "_snapshot_seqs", overtaking)
+        await Projector(ledger).rebuild(tenant)
+        monkeypatch.undo()
+        assert overtaken[-1] is None
+        assert len(overtaken) > 3
+        committed, _ = await live.store.committed()
+        assert committed.build != before[0].build
+        assert committed.position.seq >= max(seq for seq in overtaken if seq)
+        await other.run_once([tenant])
+        state = await StateReader(ledger).state(tenant)
+        assert state.seq == state.value["decisions"]["total"] == len(overtaken) + 1

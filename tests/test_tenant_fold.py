@@ -235,3 +235,81 @@ async def forget_leases(ledger, tenant):
     for name in ("governance", "agents"):
         key = keys.lease(tenant, name, 1)
         await ledger.server.command(key, "DEL", key)
+
+
+async def test_rebuild_of_a_fold_that_is_in_the_middle_of_a_page(ledger, tenant, monkeypatch):
+    """A rebuild by the projector whose worker waits for what a page needs counts no entry twice."""
+    projector = Projector(ledger, [Counter()])
+    await ledger.append_many(tenant, [decision(number) for number in range(10)])
+    await projector.run_once([tenant])
+    await ledger.append_many(tenant, [decision(number) for number in range(10, 20)])
+    fold, gather, rebuilt = projector._fold_of(tenant, projector.projections[0]), None, []
+
+    async def rebuild_meanwhile(entries):
+        needs = await gather(entries)
+        if not rebuilt:
+            rebuilt.append(await projector.rebuild(tenant, "counter"))
+        return needs
+
+    gather = fold._gather
+    monkeypatch.setattr(fold, "_gather", rebuild_meanwhile)
+    await projector.run_once([tenant])
+    committed = await fold.store.read_committed()
+    assert (rebuilt, committed.seq, committed.value["allow"]) == ([20], 20, 20)
+
+
+@pytest.mark.parametrize("step", ["load", "_gather", "settle"])
+async def test_memory_that_is_dropped_while_a_page_waits_is_not_gone_on_with(
+    ledger, tenant, monkeypatch, step
+):
+    """A page that was begun in one memory is neither folded nor committed in the next one."""
+    await ledger.append_many(tenant, [decision(0), Outcome(decision_id="d-0", outcome="failed")])
+    fold = Projector(ledger)._fold_of(tenant, Counter())
+    walk = await fold.begin()
+    walk.page_entries = 1
+    async for page in walk.pages():
+        await fold.fold_page(walk, page)
+        break
+    fold.forget()  # so that what the next page needs is read
+    walk = await fold.begin()
+    owner = fold.store if step == "load" else fold
+    original, calls = getattr(owner, step), []
+
+    async def begun_anew_meanwhile(*args):
+        result = await original(*args)
+        if not calls:
+            calls.append(step)
+            await fold._load()
+        return result
+
+    async for page in walk.pages():
+        monkeypatch.setattr(owner, step, begun_anew_meanwhile)
+        with pytest.raises(errors.CommitConflict, match="meanwhile"):
+            await fold.fold_page(walk, page)
+    assert (calls, await fold.store.seq()) == ([step], 1)
+
+
+async def test_publishing_that_waits_does_not_go_on_with_another_memory(
+    ledger, tenant, monkeypatch
+):
+    """What is published is what was committed when it began, or nothing."""
+    await ledger.append(tenant, decision(0))
+    projector = Projector(ledger)
+    fold = projector._fold_of(tenant, projector.projections[1])
+    walk = await fold.begin()
+    async for page in walk.pages():
+        await fold.fold_page(walk, page)
+    for owner, step in ((fold, "standing"), (fold.store, "copies_mark")):
+        await fold.begin()
+        original = getattr(owner, step)
+
+        async def dropped_meanwhile(*args, original=original):
+            result = await original(*args)
+            await fold._load()
+            return result
+
+        with monkeypatch.context() as patched, pytest.raises(errors.CommitConflict):
+            patched.setattr(owner, step, dropped_meanwhile)
+            await fold.publish(60)
+    await fold.publish(60)
+    assert not fold.copies_are_due
