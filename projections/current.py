@@ -20,7 +20,7 @@ from projections.projection import STATE
 from projections.state_model import GovernanceState, governance_of, published_governance
 from projections.store import STOPPED, parse_position
 
-__all__ = ["Current", "Token", "read_current", "read_tokens"]
+__all__ = ["Current", "Token", "check_folded", "read_current", "read_tokens"]
 
 _TAIL_BYTES = 600
 """Of an envelope: its times and metadata, which each publishing changes."""
@@ -177,18 +177,29 @@ async def _read_committed(
 
 def _check(state: GovernanceState, head: Head, mark: Position | None) -> None:
     at = state.position
+    check_folded("governance", at, head)
+    if mark is not None and mark.epoch == at.epoch and mark.seq > at.seq:
+        how = f"was read at {mark}, what is folded is now at {at}"
+        raise _rolled_back(state.tenant, "governance", how)
+
+
+def check_folded(projection: str, at: Position, head: Head) -> None:
+    """Whether a state that was read before the head can be of the ledger as it is.
+
+    Raises:
+        LedgerRolledBack: the ledger is behind it, or of another epoch.
+    """
     if head.epoch == at.epoch and head.seq < at.seq:
-        raise _rolled_back(state.tenant, f"is folded to {at}, the ledger's head is {head.position}")
+        how = f"is folded to {at}, the ledger's head is {head.position}"
+        raise _rolled_back(head.tenant, projection, how)
     if head.epoch != at.epoch:
         now = f"of epoch {head.epoch}" if head.epoch else "gone"
-        raise _rolled_back(state.tenant, f"is folded to {at}, the ledger is now {now}")
-    if mark is not None and mark.epoch == at.epoch and mark.seq > at.seq:
-        raise _rolled_back(state.tenant, f"was read at {mark}, what is folded is now at {at}")
+        raise _rolled_back(head.tenant, projection, f"is folded to {at}, the ledger is now {now}")
 
 
-def _rolled_back(tenant: str, how: str) -> errors.LedgerRolledBack:
+def _rolled_back(tenant: str, projection: str, how: str) -> errors.LedgerRolledBack:
     return errors.LedgerRolledBack(
-        f"tenant {tenant}: the governance state {how}",
+        f"tenant {tenant}: the {projection} state {how}",
         hint="the ledger was restored or lost its end: nothing folded so far describes it; "
         f"govledger rebuild {tenant} --accept-rollback takes it as it is",
         tenant=tenant,

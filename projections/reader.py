@@ -20,8 +20,10 @@ from ledger.append import Receipt
 from ledger.ledger import Ledger
 from ledger.server import pack
 from ledger.stream import Entry, Position, find_by_id
+from projections.agents import Agents, agent_name
 from projections.bodies import Decision, read
 from projections.cache import StateCache
+from projections.current import check_folded
 from projections.governance import Governance
 from projections.history import fold_to
 from projections.projection import DECISION_PREFIX, CopiedEntities, Projection, Unfoldable
@@ -220,38 +222,57 @@ class StateReader:
 
         Raises:
             NotFound: nothing is folded of an agent with this id.
+            LedgerRolledBack: what is folded describes a history that is no more.
         """
-        key = keys.agent_state(keys.checked_tenant(tenant), agent_id)
-        (reply,) = await self._server.exchange(key, [pack("GET", key)], 1)
-        if not (isinstance(reply, Exception) and "WRONGTYPE" in str(reply)):
-            raw = self._server.checked(reply)
-            found = None if raw is None else published_agent(tenant, raw)
-            if found is not None:
-                return found
-        agents = self._projections.get("agents")
-        if isinstance(agents, CopiedEntities):
-            name = f"agent:{agent_id}"
-            position, entity = await FoldStore(self._server, tenant, agents).read_entity(name)
-            if position is not None and entity is not None:
-                value = msgspec.convert(agents.entity_view(name, entity), AgentState)
-                return placed(value, tenant, agents.version, position, "committed")
-        raise errors.NotFound(
-            f"tenant {tenant}: nothing is folded of an agent {agent_id!r}",
-            hint="its first decision may not be folded yet: is a projector running?",
-            tenant=tenant,
-            agent=agent_id,
-        )
+        found = await self._agent(keys.checked_tenant(tenant), agent_id)
+        if found is None:
+            raise errors.NotFound(
+                f"tenant {tenant}: nothing is folded of an agent {agent_id!r}",
+                hint="its first decision may not be folded yet: is a projector running?",
+                tenant=tenant,
+                agent=agent_id,
+            )
+        return found
+
+    async def _agent(self, tenant: str, agent_id: str) -> AgentState | None:
+        known = self._projections.get("agents")
+        agents = known if isinstance(known, CopiedEntities) else Agents()
+        key, name = keys.agent_state(tenant, agent_id), agent_name(agent_id)
+        store = FoldStore(self._server, tenant, agents)
+        asked = [(key, pack("GET", key)), *store.entity_commands(name)]
+        reply, *rest = await self._server.exchange_each(asked)
+        at, stopped, entity, head = store.entity_of(rest)
+        of_another_type = isinstance(reply, Exception) and "WRONGTYPE" in str(reply)
+        raw = None if of_another_type else self._server.checked(reply)
+        found = None if raw is None else published_agent(tenant, raw)
+        if found is not None and found.version != agents.version:
+            at = None  # of what readers take, nothing more is known here
+        elif found is not None and (at is None or at.epoch == found.position.epoch):
+            found = msgspec.structs.replace(found, stopped=stopped)
+        elif at is not None and entity is not None:
+            value = msgspec.convert(agents.entity_view(name, entity), AgentState)
+            found = placed(value, tenant, agents.version, at, "committed", stopped=stopped)
+        else:
+            found = None
+        if at is not None:
+            check_folded("agents", at, head)
+        if found is not None:
+            check_folded("agents", found.position, head)
+        return found
 
     async def effective_verdict(self, tenant: str, decision_id: str) -> EffectiveVerdict:
         """What holds of a decision now: the engine's verdict, or what people made of it.
 
         Raises:
             NotFound: no decision with this id is recorded that can be read.
+            LedgerRolledBack: what is folded describes a history that is no more.
             EntriesMissing, IndexBehind: as `Ledger.get`.
         """
         name = DECISION_PREFIX + decision_id
         store = FoldStore(self._server, keys.checked_tenant(tenant), self._governance)
-        position, followed = await store.read_entity(name)
+        position, stopped, followed, head = await store.read_entity(name)
+        if position is not None:
+            check_folded("governance", position, head)
         entry = await find_by_id(self._server, tenant, decision_id)
         body = None if entry is None else _decision(entry)
         if entry is None or body is None:
@@ -271,6 +292,7 @@ class StateReader:
             overrides=overrides,
             pending=body.verdict == "escalate" and resolution is None,
             position=position,
+            stopped=stopped,
         )
 
     # -- any projection -----------------------------------------------------------------------
@@ -297,6 +319,8 @@ class StateReader:
             InvalidInput: as `governance`.
             NotFound: nothing is recorded or folded for the tenant, or no such projection.
             NotCaughtUp: the projector has not come that far in time.
+            LedgerRolledBack: what is folded describes a history that is no more, and no projector
+                has said so yet; where one has, `stopped` of what was folded last does.
         """
         store = self._store(tenant, projection)
         if as_of is not None:
@@ -314,16 +338,19 @@ class StateReader:
         wanted = _seq(at_least)
         deadline, pause_s = time.monotonic() + timeout_s, _POLL_MIN_S
         while True:
-            found = await store.read_published()
-            if found is None or found.seq < wanted:
+            found, head = await store.read_published_and_head()
+            if found is None or found.seq < wanted or found.position.epoch != head.epoch:
                 if await store.standing() in (Standing.ACTIVE, Standing.PINNED):
-                    found = await store.read_committed() or found
+                    committed, head = await store.read_committed_and_head()
+                    found = committed or found
                 elif found is None:
                     raise errors.StateUnavailable(
                         f"tenant {tenant}: readers take another version of {projection} than "
                         f"{store.projection.version}, and its published copy is gone",
                         hint="a projector of the release that folds it publishes it again",
                     )
+            if found is not None and found.stopped != errors.LedgerRolledBack.__name__:
+                check_folded(projection, found.position, head)
             if found is not None and _reaches(found.position, at_least):
                 return found
             if at_least is None or wanted == 0:

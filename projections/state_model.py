@@ -611,6 +611,7 @@ class EffectiveVerdict(Struct, frozen=True, kw_only=True):
         overrides: how many times people changed it.
         pending: it is an escalation that nobody has resolved.
         position: up to where follow-ups are folded at least; None where nothing is.
+        stopped: why follow-ups are not folded any further.
     """
 
     decision_id: str
@@ -621,6 +622,7 @@ class EffectiveVerdict(Struct, frozen=True, kw_only=True):
     overrides: int
     pending: bool
     position: Position | None
+    stopped: str | None = None
 
 
 # -- from bytes -----------------------------------------------------------------------------------

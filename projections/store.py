@@ -24,7 +24,7 @@ import orjson
 
 from ledger import errors, keys
 from ledger.server import Server, pack
-from ledger.stream import Head, Position, read_head, split_id
+from ledger.stream import Head, Position, head_command, parse_head, read_head, split_id
 from projections.lease import LEASE_MS, lease_held, worker_name
 from projections.projection import STATE, Entities, Projection
 from projections.publishing import Copy, Facts, Seen, Standing, put
@@ -59,6 +59,17 @@ PUBLISH_ATTEMPTS: Final = 5
 """Somebody else has put a copy there between two of them."""
 
 COPIES: Final = "copies"
+
+
+class CommittedEntity(NamedTuple):
+    """An entity, None where there is none; a position that it is not older than, None where
+    nothing is committed; why the fold stopped; and the ledger's head, read after them.
+    """
+
+    position: Position | None
+    stopped: str | None
+    entity: dict[str, Any] | None
+    head: Head
 
 
 class Committed(NamedTuple):
@@ -449,18 +460,31 @@ class FoldStore:
         args = (self._worker, LEASE_MS, name, value)
         await self._fenced("govledger_mark", [self._key, self._lease], committed.token, *args)
 
-    async def read_entity(self, name: str) -> tuple[Position | None, dict[str, Any] | None]:
-        """A committed entity, None where there is none, and a position that it is not older than;
-        None where nothing is committed.
+    async def read_entity(self, name: str) -> CommittedEntity:
+        """A committed entity, and how far the fold and the ledger are."""
+        return self.entity_of(await self._server.exchange_each(self.entity_commands(name)))
+
+    def entity_commands(self, name: str) -> list[tuple[str, bytes]]:
+        """Commands, each with its key, whose replies `entity_of` reads."""
+        key, head = self._key if name == STATE else self._bucket(name), keys.head(self.tenant)
+        return [
+            (self._key, pack("HMGET", self._key, "position", STOPPED)),
+            (key, pack("HGET", key, name)),
+            (head, head_command(self.tenant)),  # last, so it is as far as what was folded
+        ]
+
+    def entity_of(self, replies: Sequence[Any]) -> CommittedEntity:
+        """The entity that was asked for.
+
+        Raises:
+            IndexBehind: the head is damaged.
         """
-        key = self._key if name == STATE else self._bucket(name)
-        packed = [pack("HGET", self._key, "position"), pack("HGET", key, name)]
-        replies = await self._server.exchange(self._key, packed, len(packed))
-        position, entity = [self._server.checked(reply) for reply in replies]
-        at = parse_position(position)
+        (position, stopped), raw, head_reply = map(self._server.checked, replies)
+        head, at = parse_head(self.tenant, head_reply), parse_position(position)
         if at is None:
-            return None, None
-        return at, orjson.loads(entity) if entity else None
+            return CommittedEntity(None, None, None, head)
+        why = stopped.decode(errors="replace") if stopped else None
+        return CommittedEntity(at, why, orjson.loads(raw) if raw else None, head)
 
     async def discard(self, seen: bytes | None = None) -> None:
         """Deletes everything that this store has committed.
@@ -521,7 +545,9 @@ class FoldStore:
         await self._fenced("govledger_adopt", on, committed.token, prefix, holder)
 
     async def seize(self, holder: str, lease_ms: int) -> None:
-        """Takes the lease from whoever holds it, for as long: its commits are refused."""
+        """Takes the lease from whoever holds it, for as long: its commits are refused.
+        At most LEASE_MS: what lasts longer is no lease.
+        """
         await self._server.function("govledger_seize", [self._lease], holder, lease_ms)
 
     async def release(self, holder: str) -> None:
@@ -705,22 +731,35 @@ class FoldStore:
 
     async def read_published(self) -> PublishedState | None:
         """The published copy; None where it is absent or not in the envelope's form."""
-        try:
-            raw = await self._server.command(self._published, "GET", self._published)
-        except errors.ServerError as error:
-            if "WRONGTYPE" in error.message:
-                return None
-            raise
-        return parse_envelope(self.tenant, raw) if raw is not None else None
+        return (await self.read_published_and_head())[0]
+
+    async def read_published_and_head(self) -> tuple[PublishedState | None, Head]:
+        """The same, and the ledger's head, read after it."""
+        head_key = keys.head(self.tenant)
+        reply, head = await self._server.exchange_each(
+            [
+                (self._published, pack("GET", self._published)),
+                (head_key, head_command(self.tenant)),
+            ]
+        )
+        of_another_type = isinstance(reply, Exception) and "WRONGTYPE" in str(reply)
+        raw = None if of_another_type else self._server.checked(reply)
+        found = None if raw is None else parse_envelope(self.tenant, raw)
+        return found, parse_head(self.tenant, self._server.checked(head))
 
     async def read_committed(self) -> PublishedState | None:
         """The exact state as it was last committed."""
-        position, state, stopped = await self._server.command(
-            self._key, "HMGET", self._key, "position", STATE, STOPPED
-        )
+        return (await self.read_committed_and_head())[0]
+
+    async def read_committed_and_head(self) -> tuple[PublishedState | None, Head]:
+        """The same, and the ledger's head, read after it."""
+        read = pack("HMGET", self._key, "position", STATE, STOPPED)
+        replies = await self._server.exchange(self._key, [read, head_command(self.tenant)], 2)
+        (position, state, stopped), head_reply = map(self._server.checked, replies)
+        head = parse_head(self.tenant, head_reply)
         if position is None:
-            return None
-        return PublishedState(
+            return None, head
+        found = PublishedState(
             tenant=self.tenant,
             projection=self.projection.name,
             version=self.projection.version,
@@ -730,6 +769,7 @@ class FoldStore:
             source="committed",
             stopped=stopped.decode() if stopped else None,
         )
+        return found, head
 
 
 def _as_compared(position: bytes | None, build: bytes | None) -> bytes:

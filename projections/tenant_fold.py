@@ -145,7 +145,7 @@ class TenantFold:
         """Whoever has waited goes on in the memory that it began with, or not at all."""
         if memory != self._memory:
             raise errors.CommitConflict(
-                f"tenant {self.tenant}: {self.projection.name} was begun anew, or folded, meanwhile",
+                f"tenant {self.tenant}: {self.projection.name} was begun anew or folded meanwhile",
                 hint="the next fold goes on from what is committed",
             )
 

@@ -6,7 +6,7 @@ from ledger import Decision, Ledger, errors, keys
 from ledger.stream import Position
 from projections import Projector, StateReader
 from projections import store as store_module
-from projections.lease import Leases
+from projections.lease import LEASE_MS, Leases
 from projections.store import FoldStore, Standing
 from tests.test_foreign import with_two_histories
 from tests.test_projector import Counter, decision
@@ -227,7 +227,7 @@ async def test_a_rebuilt_fold_that_is_behind_the_live_one_is_not_adopted(ledger,
             await rebuilt.adopt(after, holder)
         assert refused.value.facts == {"ahead_seq": 2}
     assert await fold.store.seq() == 2
-    await fold.store.seize("rebuilding", 60_000)
+    await fold.store.seize("rebuilding", LEASE_MS)
     with pytest.raises(errors.CommitConflict):
         await fold.store.commit(fold.committed, fold.committed.position, {}, {})
     await rebuilt.adopt(after, "rebuilding")

@@ -157,17 +157,17 @@ async def test_committed_entity_is_read_with_its_position(valkey, tenant):
     """A decision's entity is read with a position that it is not older than; none is none."""
     async with Ledger.connect(valkey.url) as ledger:
         store = FoldStore(ledger.server, tenant, Governance())
-        assert await store.read_entity("decision:d") == (None, None)
+        assert (await store.read_entity("decision:d"))[:3] == (None, None, None)
         escalated = Decision(id="d", agent="a", action="b", verdict="escalate")
         await ledger.append(tenant, escalated)
         await Projector(ledger).run_once([tenant])
-        position, entity = await store.read_entity("decision:d")
+        position, _, entity, _ = await store.read_entity("decision:d")
         assert (position.seq, entity) == (1, None)
         await ledger.append(tenant, EscalationResolved(decision_id="d", resolution="approved"))
         await Projector(ledger).run_once([tenant])
-        position, entity = await store.read_entity("decision:d")
+        position, _, entity, _ = await store.read_entity("decision:d")
         assert (position.seq, effective_verdict("escalate", entity)) == (2, "allow")
-        position, state = await store.read_entity("state")
+        position, _, state, _ = await store.read_entity("state")
         assert (position.seq, state["events"]) == (2, 2)
 
 

@@ -477,6 +477,70 @@ async def test_state_of_a_history_that_is_no_more_is_refused(ledger, server, ten
         assert (await reader.governance(tenant)).seq == 1
 
 
+async def test_no_read_serves_what_an_older_replica_has_not(ledger, server, tenant):
+    """A ledger that lost its end under the same epoch: each read says so, whether a projector has
+    noticed or not; and what a projector stopped at is named by an agent and by a decision.
+    """
+    projector, reader = Projector(ledger), StateReader(ledger)
+    record = (keys.decisions(tenant), keys.head(tenant), keys.index(tenant))
+    overridden = Overridden(
+        decision_id="d-1", reviewer="r", from_verdict="allow", to_verdict="deny", justification="j"
+    )
+    with server.client() as client:
+        await ledger.append_many(tenant, [decision(1), decision(2)])
+        older = {key: client.dump(key) for key in record}
+        await ledger.append_many(tenant, [overridden, decision(3)])
+        await projector.run_once([tenant])
+        reads = {
+            "agent": lambda: reader.agent(tenant, "a"),
+            "verdict": lambda: reader.effective_verdict(tenant, "d-1"),
+            "state": lambda: reader.state(tenant),
+            "committed": lambda: reader.state(tenant, "agents"),
+        }
+        before = {name: await read() for name, read in reads.items()}
+        assert all(found.stopped is None for found in before.values())
+        for key, dumped in older.items():
+            client.restore(key, 0, dumped, replace=True)
+        client.delete(keys.published(tenant, "agents"))
+        for read in reads.values():
+            with pytest.raises(errors.LedgerRolledBack, match="the ledger's head is"):
+                await read()
+        client.delete(keys.agent_state(tenant, "a"))
+        with pytest.raises(errors.LedgerRolledBack, match="the ledger's head is"):
+            await reads["agent"]()
+        with pytest.raises(errors.LedgerRolledBack):
+            await projector.run_once([tenant])
+        for name in ("agent", "verdict"):
+            with pytest.raises(errors.LedgerRolledBack):
+                await reads[name]()
+        assert (await reads["state"]()).stopped == "LedgerRolledBack"
+    # It grows past what was folded, under the same ordinals: only the projector's mark tells.
+    await ledger.append_many(tenant, [decision(n) for n in range(10, 20)])
+    for name in ("agent", "verdict"):
+        assert (await reads[name]()).stopped == "LedgerRolledBack"
+    for name in ("governance", "agents"):
+        await Projector(ledger).rebuild(tenant, name, accept_rollback=True)
+    found = await reads["agent"](), await reads["verdict"]()
+    assert [one.stopped for one in found] == [None, None]
+    assert (found[0].decisions.total, found[1].overrides) == (12, 0)
+
+
+async def test_a_copy_of_an_agent_that_a_rollback_unmade_is_no_state(ledger, server, tenant):
+    """What an accepted rollback left behind under an agent's key is not served."""
+    await ledger.append_many(tenant, [decision(1), decision(2)])
+    await Projector(ledger).run_once([tenant])
+    copy = server.cli("GET", keys.agent_state(tenant, "a"))
+    unmade = keys.agent_state(tenant, "b")
+    server.cli("SET", unmade, copy.replace('"epoch":"', '"epoch":"0'))
+    with pytest.raises(errors.NotFound, match="agent 'b'"):
+        await StateReader(ledger).agent(tenant, "b")
+    # A later release's copy tells of itself alone: what this one once folded is of no concern.
+    server.cli("SET", unmade, copy.replace('"version":1', '"version":2'))
+    server.cli("HSET", keys.projection(tenant, "agents", 1), "stopped", "EntriesMissing")
+    assert (await StateReader(ledger).agent(tenant, "b")).stopped is None
+    assert (await StateReader(ledger).agent(tenant, "a")).stopped == "EntriesMissing"
+
+
 # -- cut off --------------------------------------------------------------------------------------
 
 

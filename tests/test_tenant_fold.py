@@ -308,8 +308,9 @@ async def test_publishing_that_waits_does_not_go_on_with_another_memory(
             await fold._load()
             return result
 
-        with monkeypatch.context() as patched, pytest.raises(errors.CommitConflict):
+        with monkeypatch.context() as patched:
             patched.setattr(owner, step, dropped_meanwhile)
-            await fold.publish(60)
+            with pytest.raises(errors.CommitConflict, match="meanwhile"):
+                await fold.publish(60)
     await fold.publish(60)
     assert not fold.copies_are_due
