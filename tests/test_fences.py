@@ -210,7 +210,7 @@ async def test_a_rebuild_that_was_overtaken_is_not_adopted(ledger, tenant):
     ).discard()
     with pytest.raises(errors.CommitConflict, match="is committed at nothing"):
         await rebuilt.adopt(after)
-    assert (await fold.store.load(["state"]))["state"] == {"allow": 1}
+    assert (await fold.store.load({"state": 0}))["state"] == {"allow": 1}
 
 
 async def test_a_rebuilt_fold_that_is_behind_the_live_one_is_not_adopted(ledger, tenant):
@@ -232,7 +232,7 @@ async def test_a_rebuilt_fold_that_is_behind_the_live_one_is_not_adopted(ledger,
         await fold.store.commit(fold.committed, fold.committed.position, {}, {})
     await rebuilt.adopt(after, "rebuilding")
     await fold.store.release("rebuilding")
-    assert (await fold.store.load(["state"]))["state"] == {"allow": 9}
+    assert (await fold.store.load({"state": 0}))["state"] == {"allow": 9}
 
 
 class Readable(Counter):
