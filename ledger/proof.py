@@ -20,7 +20,7 @@ from io import BytesIO
 from itertools import pairwise
 from typing import BinaryIO, Final, overload
 
-from ledger.errors import NotProved
+from ledger.errors import InvalidInput, NotProved
 from ledger.leaf import EntryRecord
 from ledger.merkle import (
     MAX_PROOF_HASHES,
@@ -49,6 +49,7 @@ __all__ = [
     "Proof",
     "Proved",
     "RangeProof",
+    "check_time",
     "parse_proof",
     "read_proof",
 ]
@@ -113,7 +114,9 @@ class Proved:
 
         Raises:
             NotProved: others may be missing (`incomplete`), or ids do not grow (`out-of-order`).
+            InvalidInput: the time ends before it begins.
         """
+        check_time(since_ms, to_ms)
         ids = [_id_of(entry) for entry in self.entries]
         if any(one >= following for one, following in pairwise(ids)):
             raise NotProved("the entries' ids do not grow", reason="out-of-order")
@@ -130,6 +133,18 @@ class Proved:
                 reason="incomplete",
             )
         return range(self.first_seq + earlier, self.last_seq + 1 - later)
+
+
+def check_time(since_ms: int | None, to_ms: int | None) -> None:
+    """That a time has something in it: of nothing, everything would be proved.
+
+    Raises:
+        InvalidInput: it ends before it begins.
+    """
+    if since_ms is not None and to_ms is not None and to_ms < since_ms:
+        raise InvalidInput(
+            "range: it ends before it begins", hint="write A..B with A no later than B"
+        )
 
 
 def _id_of(entry: EntryRecord) -> tuple[int, int]:
