@@ -23,6 +23,7 @@ from ledger.merkle import Node, consistency_ranges, cover, inclusion_ranges, lea
 from ledger.note import Checkpoint, Note, VerifierKey
 from ledger.proof import (
     MAX_RANGE_BYTES,
+    MAX_RANGE_ENTRIES,
     ConsistencyProof,
     InclusionProof,
     RangeProof,
@@ -36,7 +37,6 @@ from ledger.verify import latest_checkpoint
 
 __all__ = ["prove", "prove_consistency", "prove_range"]
 
-MAX_RANGE_ENTRIES: Final = 100_000
 _OF_TILES: Final = ("tiles-damaged", "wrong-root", "inconsistent")
 """Reasons that tiles can be to blame for."""
 
