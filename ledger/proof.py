@@ -20,7 +20,7 @@ from io import BytesIO
 from itertools import pairwise
 from typing import BinaryIO, Final, overload
 
-from ledger.errors import NotProved
+from ledger.errors import InvalidInput, NotProved
 from ledger.leaf import EntryRecord
 from ledger.merkle import (
     MAX_PROOF_HASHES,
@@ -49,6 +49,7 @@ __all__ = [
     "Proof",
     "Proved",
     "RangeProof",
+    "check_time",
     "parse_proof",
     "read_proof",
 ]
@@ -63,6 +64,11 @@ MAX_ENTRY_BYTES: Final = 128 << 20
 """Of one entry's proof: a foreign entry may be large."""
 
 MAX_RANGE_BYTES: Final = 1 << 30
+MAX_RANGE_ENTRIES: Final = 100_000
+_MAX_LINE_BYTES: Final = 1000
+"""Of all lines that have no entry in them."""
+
+_MIN_RECORD_BYTES: Final = len(b64(EntryRecord("", b"", ()).encode()))
 _ENTRY_ID: Final = re.compile(rb"([0-9]{1,20})-([0-9]{1,20})")
 
 
@@ -113,7 +119,9 @@ class Proved:
 
         Raises:
             NotProved: others may be missing (`incomplete`), or ids do not grow (`out-of-order`).
+            InvalidInput: the time ends before it begins.
         """
+        check_time(since_ms, to_ms)
         ids = [_id_of(entry) for entry in self.entries]
         if any(one >= following for one, following in pairwise(ids)):
             raise NotProved("the entries' ids do not grow", reason="out-of-order")
@@ -130,6 +138,18 @@ class Proved:
                 reason="incomplete",
             )
         return range(self.first_seq + earlier, self.last_seq + 1 - later)
+
+
+def check_time(since_ms: int | None, to_ms: int | None) -> None:
+    """That a time has something in it: of nothing, everything would be proved.
+
+    Raises:
+        InvalidInput: it ends before it begins.
+    """
+    if since_ms is not None and to_ms is not None and to_ms < since_ms:
+        raise InvalidInput(
+            "range: it ends before it begins", hint="write A..B with A no later than B"
+        )
 
 
 def _id_of(entry: EntryRecord) -> tuple[int, int]:
@@ -151,11 +171,14 @@ class _Lines:
         self.read = 0
         self._limit = limit
 
-    def next(self) -> bytes:
-        line = self.stream.readline(self._limit - self.read + 1)
+    def next(self, most: int = _MAX_LINE_BYTES) -> bytes:
+        """A line of up to `most` bytes."""
+        line = self.stream.readline(min(self._limit - self.read, most) + 1)
         self.read += len(line)
         if self.read > self._limit:
             raise _malformed(f"more than {self._limit} bytes; so many are read at most")
+        if len(line) > most:
+            raise _malformed(f"a line of more than {most} bytes where no longer one can be")
         if not line.endswith(b"\n"):
             raise _malformed("it ends too early")
         return line[:-1]
@@ -272,7 +295,7 @@ class InclusionProof:
         lines = _Lines(stream, MAX_ENTRY_BYTES)
         if lines.next() != INCLUSION.encode():
             raise _malformed("it does not begin as the proof of an entry does")
-        entry, line = None, lines.next()
+        entry, line = None, lines.next(MAX_ENTRY_BYTES)
         if line.startswith(_EXTRA):
             entry, line = _record(line[len(_EXTRA) :]), lines.next()
         index = _number(_decoded(line), "index")
@@ -322,7 +345,7 @@ class _StoredRecords(Sequence[EntryRecord]):
             leaves = self._leaves and self._leaves[index]
             return _StoredRecords(self.stream, self.offsets[index], leaves)
         self.stream.seek(self.offsets[index])
-        record = _record(self.stream.readline(MAX_RANGE_BYTES).removesuffix(b"\n"))
+        record = _record(self.stream.readline(MAX_ENTRY_BYTES).removesuffix(b"\n"))
         if self._leaves is not None and leaf_hash(record.leaf_data()) != self._leaves[index]:
             raise NotProved("the file was changed while it was read", reason="changed")
         return record
@@ -359,10 +382,16 @@ class RangeProof:
         start, count = (_number(_decoded(lines.next()), name) for name in ("start", "count"))
         if lines.next():
             raise _malformed("its head has more than three lines")
+        if count > MAX_RANGE_ENTRIES:
+            raise _malformed(f"count {count}: a range has at most {MAX_RANGE_ENTRIES} entries")
         left, right = (_hashes(lines.part(MAX_PROOF_HASHES)) for _ in range(2))
         offsets, begin = array("Q"), stream.tell() - lines.read
-        while line := lines.next():
+        while line := lines.next(MAX_ENTRY_BYTES):
+            if len(line) < _MIN_RECORD_BYTES:
+                raise _malformed(f"{line!r} is too short for an entry")
             offsets.append(begin + lines.read - len(line) - 1)
+            if len(offsets) > count:
+                break
         if len(offsets) != count:
             raise _malformed("it does not have as many entries as it says")
         return cls(start, left, right, lines.note(), _StoredRecords(stream, offsets))

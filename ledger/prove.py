@@ -15,20 +15,28 @@ from datetime import datetime
 from pathlib import Path
 from typing import Final, TypeVar
 
+from ledger import keys
 from ledger.errors import InvalidInput, NotProved
 from ledger.leaf import EntryRecord, leaf_hasher
 from ledger.ledger import Ledger, time_ms
 from ledger.merkle import Node, consistency_ranges, cover, inclusion_ranges, leaf_hash, range_hash
 from ledger.note import Checkpoint, Note, VerifierKey
-from ledger.proof import MAX_RANGE_BYTES, ConsistencyProof, InclusionProof, RangeProof, parse_proof
+from ledger.proof import (
+    MAX_RANGE_BYTES,
+    MAX_RANGE_ENTRIES,
+    ConsistencyProof,
+    InclusionProof,
+    RangeProof,
+    check_time,
+    parse_proof,
+)
 from ledger.server import Server
-from ledger.stream import Entry, raw_pages
+from ledger.stream import Entry, Head, raw_pages, split_id
 from ledger.tiles import DerivedTiles, Tiles
 from ledger.verify import latest_checkpoint
 
 __all__ = ["prove", "prove_consistency", "prove_range"]
 
-MAX_RANGE_ENTRIES: Final = 100_000
 _OF_TILES: Final = ("tiles-damaged", "wrong-root", "inconsistent")
 """Reasons that tiles can be to blame for."""
 
@@ -293,15 +301,37 @@ async def _seqs_in(
 
     Raises:
         NotProved: some of that time are not sealed yet.
+        InvalidInput: it ends before it begins.
     """
-    if since_ms is not None and to_ms is not None and to_ms < since_ms:
-        raise InvalidInput("range: it ends before it begins")
+    check_time(since_ms, to_ms)
     head = await ledger.head(tenant)
     begin = 1 if since_ms is None else await _first_from(ledger, tenant, since_ms, head.seq)
     end = head.seq + 1 if to_ms is None else await _first_from(ledger, tenant, to_ms + 1, head.seq)
     if begin < end:
         _check_sealed(end - 1, checkpoint)
+    if end > head.seq:
+        await _check_all_registered(ledger, tenant, head, since_ms, to_ms)
     return max(min(begin - 1, checkpoint.size), 1), min(end, checkpoint.size)
+
+
+async def _check_all_registered(
+    ledger: Ledger, tenant: str, head: Head, since_ms: int | None, to_ms: int | None
+) -> None:
+    """That nobody wrote, in that time, behind the last entry that the append function knows of."""
+    stream = keys.decisions(tenant)
+    begin = f"({head.entry_id}"
+    if since_ms is not None and since_ms > split_id(head.entry_id)[0]:
+        begin = str(since_ms)  # an id without its second half: that of the first in this ms
+    end = "+" if to_ms is None else str(max(to_ms, 0))  # and here of the last
+    found = await ledger.server.command(stream, "XRANGE", stream, begin, end, "COUNT", 1)
+    if found:
+        entry_id = found[0][0].decode()
+        raise NotProved(
+            f"the entry {entry_id} is of that time, and is not sealed yet: others wrote it behind "
+            f"seq {head.seq}",
+            hint="the next append registers it, and the next seal covers it; verify names it",
+            reason="not-sealed",
+        )
 
 
 async def _first_from(ledger: Ledger, tenant: str, time_ms: int, last: int) -> int:

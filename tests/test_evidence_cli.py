@@ -137,6 +137,16 @@ def test_ranges_prove_completeness(owner, tmp_path):
     assert owner.run("prove", owner.tenant, *told).code == 4  # nothing is overwritten
     done = run(None, "verify-proof", all_of_them, "--key", owner.key, "--range", days)
     assert "recorded in that time: 20, 1 to 20, and no other; the checkpoint ends there" in done.out
+    for file, asked, is_open in (
+        (all_of_them, days, True),
+        (all_of_them, "1..20", False),
+        (all_of_them, "1..", True),
+        (proof, "5..9", False),
+    ):
+        told = ["--key", owner.key, "--range", asked, "--json"]
+        assert run(None, "verify-proof", file, *told).lines[0]["open_end"] is is_open, asked
+    backwards = ["--key", owner.key, "--range", "2027-01-01..2020-01-01"]
+    assert run(None, "verify-proof", all_of_them, *backwards).code == 2
     for asked, code in (("5..9", 0), ("5..10", 1), (days, 1), ("x..y", 2)):
         done = run(None, "verify-proof", proof, "--key", owner.key, "--range", asked, "--json")
         assert done.code == code, asked

@@ -6,6 +6,7 @@ import os
 import re
 import tempfile
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 
 import pytest
@@ -349,6 +350,33 @@ def test_proof_longer_than_the_tree_is_refused():
         longer = InclusionProof(2, proof.hashes + (b"x" * 32,) * more, proof.note, proof.entry)
         with pytest.raises(NotProved):
             parse_proof(longer.encode()).verify([KEY.verifier()])
+
+
+@pytest.mark.parametrize(
+    ("count", "body", "why", "most_bytes"),
+    [
+        (100_001, b"A\n" * 1_000_000, "at most 100000 entries", 100),
+        (100_000, b"A\n" * 1_000_000, "too short for an entry", 100),
+        (2, b"A" * 80 + b"\n" + b"A" * 80_000, "a line of more than", 10_200),
+        (2, (b"A" * 80 + b"\n") * 10_000, "not have as many entries", 500),
+    ],
+)
+def test_of_a_range_no_more_is_read_than_it_may_have(monkeypatch, count, body, why, most_bytes):
+    """Whatever a file claims or has, its reader stops at the first line that cannot be."""
+    monkeypatch.setattr("ledger.proof.MAX_ENTRY_BYTES", 10_000)
+    stream = BytesIO(b"govledger/range-proof@1\nstart 0\ncount %d\n\n\n\n" % count + body)
+    with pytest.raises(NotProved, match=why):
+        read_proof(stream)
+    assert stream.tell() <= most_bytes
+
+
+@pytest.mark.parametrize("begin", [b"old ", b"govledger/range-proof@1\nstart ", b"old 1\n"])
+def test_lines_without_an_entry_are_short(begin):
+    """A number or a hash of megabytes is refused as a line that cannot be, unread."""
+    stream = BytesIO(begin + b"9" * 500_000)
+    with pytest.raises(NotProved, match="a line of more than 1000 bytes"):
+        read_proof(stream)
+    assert stream.tell() < 1200
 
 
 def test_a_range_is_read_from_its_file_record_by_record(tmp_path):

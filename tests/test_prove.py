@@ -82,6 +82,12 @@ def test_a_time_is_proved_by_what_lies_around_it(first, ids, time, seqs):
         assert list(found.seqs_recorded(*time)) == seqs
 
 
+def test_a_time_that_ends_before_it_begins_is_refused():
+    """Nothing was recorded in it, whatever the log has: that is no proof of anything."""
+    with pytest.raises(errors.InvalidInput, match="ends before it begins"):
+        proved(1, *WHOLE).seqs_recorded(50, 49)
+
+
 @pytest.mark.parametrize(
     ("asked", "is_all"),
     [
@@ -114,6 +120,26 @@ async def test_time_range_with_unsealed_entries_is_refused(case):
     await case.sealer().seal(case.tenant)
     proof = await prove_range(case.ledger, case.tenant, since=since, **options(case))
     assert len(proof.verify([case.key.verifier()]).seqs_recorded(None, None)) == 15
+
+
+async def test_time_range_with_unregistered_entries_is_refused(case):
+    """What others wrote behind the last entry that we know of is of that time, too."""
+    last_ms = int(case.entries()[-1][0].split(b"-")[0])
+    case.client.execute_command("XADD", case.stream, f"{last_ms + 5}-0", "x", "y")
+    for since, to in ((last_ms, last_ms + 9), (None, last_ms + 5), (last_ms + 5, None)):
+        span = {"since": at(since) if since else None, "to": at(to) if to else None}
+        with pytest.raises(errors.NotProved, match="is not sealed yet") as caught:
+            await prove_range(case.ledger, case.tenant, **span, **options(case))
+        assert caught.value.facts["reason"] == "not-sealed"
+    for since, to in ((last_ms, last_ms + 4), (last_ms + 6, None)):
+        span = {"since": at(since), "to": at(to) if to else None}
+        await prove_range(case.ledger, case.tenant, **span, **options(case))
+    await case.append(14, 14)
+    await case.sealer().seal(case.tenant)
+    span = {"since": at(last_ms + 1), "to": at(last_ms + 5)}
+    proof = await prove_range(case.ledger, case.tenant, **span, **options(case))
+    found = proof.verify([case.key.verifier()])
+    assert list(found.seqs_recorded(last_ms + 1, last_ms + 5)) == [13]
 
 
 async def test_every_time_is_proved_with_its_neighbours(case):

@@ -246,6 +246,15 @@ UNSURE = {
     "a signed length": (POST + b"Content-Length: +1\r\n\r\nx", 400),
     "two lengths": (POST + b"Content-Length: 1\r\nContent-Length: 2\r\n\r\nxx", 400),
     "chunks": (POST + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 501),
+    "a header that is none": (
+        b"GET /x HTTP/1.1\r\nBad Header : x\r\nContent-Length: 40\r\n\r\n",
+        400,
+    ),
+    "a header that is none, with a body": (
+        POST + b"Bad Header : x\r\nContent-Length: 40\r\n\r\n",
+        400,
+    ),
+    "a first line that continues none": (b"GET /x HTTP/1.1\r\n Content-Length: 26\r\n\r\n", 400),
     "a body where none belongs": (b"GET /x HTTP/1.1\r\nContent-Length: 26\r\n\r\n", 400),
 }
 
@@ -284,6 +293,15 @@ def test_slow_and_many_clients_are_bounded(witness):
             assert b" 503 " in exchanged(server)
             drip_until_the_end(slow)
         assert b" 404 " in exchanged(server, b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+
+
+def test_a_connection_is_not_kept_for_ever(witness):
+    """After its time, the next answer is the last: nobody keeps others out by asking on and on."""
+    asked = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+    with WitnessServer(("127.0.0.1", 0), witness, max_age_s=0) as server, running(server):
+        answer = exchanged(server, asked, asked)
+    assert answer.count(b"HTTP/1.1 404") == 1
+    assert b"Connection: close" in answer
 
 
 def test_clients_that_go_away_leave_a_line_in_the_log(server, capfd):

@@ -9,7 +9,7 @@ from contextlib import closing
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -616,22 +616,33 @@ def verify_proof(
         sys.stdout.flush()
 
 
-def _complete(proved: Proved, asked: dict[str, Any]) -> tuple[range, str]:
-    """The seqs of the range that was asked for, and in words what the proof says of it."""
+class _Complete(NamedTuple):
+    """What the proof says of the range that was asked for."""
+
+    seqs: range
+    told: str
+    open_end: bool
+    """Whether it goes to the checkpoint's end, which says nothing of what was recorded after."""
+
+
+def _complete(proved: Proved, asked: dict[str, Any]) -> _Complete:
     from ledger.ledger import time_ms
 
     if "since" not in asked:
         seqs = proved.seqs_between(asked["first_seq"], asked["last_seq"])
-        return seqs, f"all records {seqs.start} to {seqs.stop - 1}, as was asked"
-    seqs = proved.seqs_recorded(time_ms(asked["since"]), time_ms(asked["to"]))
-    told = f"recorded in that time: {len(seqs)}"
-    told += f", {seqs.start} to {seqs.stop - 1}, and no other" if seqs else " records"
-    if seqs.stop > proved.checkpoint.size:
+        told = f"all records {seqs.start} to {seqs.stop - 1}, as was asked"
+        open_end = asked["last_seq"] is None
+    else:
+        seqs = proved.seqs_recorded(time_ms(asked["since"]), time_ms(asked["to"]))
+        told = f"recorded in that time: {len(seqs)}"
+        told += f", {seqs.start} to {seqs.stop - 1}, and no other" if seqs else " records"
+        open_end = seqs.stop > proved.checkpoint.size
+    if open_end:
         told += "; the checkpoint ends there, and says nothing of what was recorded after it"
-    return seqs, told
+    return _Complete(seqs, told, open_end)
 
 
-def _print_proved(proved: Proved, complete: tuple[range, str] | None, *, as_json: bool) -> None:
+def _print_proved(proved: Proved, complete: _Complete | None, *, as_json: bool) -> None:
     from ledger.note import b64
     from ledger.service.fields import field_line, name_text
 
@@ -646,7 +657,8 @@ def _print_proved(proved: Proved, complete: tuple[range, str] | None, *, as_json
                 "root": b64(checkpoint.root),
                 "first_seq": proved.first_seq,
                 "continues": proved.old.size if proved.old else None,
-                "range": [complete[0].start, complete[0].stop - 1] if complete else None,
+                "range": [complete.seqs.start, complete.seqs.stop - 1] if complete else None,
+                "open_end": complete.open_end if complete else None,
                 "cosigned": cosigned,
             },
             proved,
@@ -664,7 +676,7 @@ def _print_proved(proved: Proved, complete: tuple[range, str] | None, *, as_json
             f"  records {proved.first_seq} to {proved.last_seq} of {checkpoint.size}, and no other "
             "between"
         )
-    lines += [f"  {complete[1]}"] if complete else []
+    lines += [f"  {complete.told}"] if complete else []
     lines += [f"  cosigned by {who} at {_time(at)}" for who, at in cosigned.items()]
     print_lines(*map(terminal.printable, lines))
     for seq, entry in enumerate(proved.entries, proved.first_seq):

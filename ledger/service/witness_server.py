@@ -1,7 +1,7 @@
 """The HTTP around a witness: the standard library's server, a thread a connection.
 
-Anybody may connect, so everything has a bound: connections, the bytes of a request, and the time
-that one takes from its first byte, or from the answer before, to its end.
+Anybody may connect, so everything has a bound: connections, how long they are kept, the bytes of a
+request, and the time that one takes from its first byte, or from the answer before, to its end.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from ledger.witness import MAX_REQUEST_BYTES, Answer, Witness
 __all__ = ["WitnessServer"]
 
 _TIMEOUT_S: Final = 10.0
+_MAX_AGE_S: Final = 60.0
 _MAX_CONNECTIONS: Final = 128
 _LENGTH: Final = re.compile(r"[0-9]{1,19}")
 _BUSY: Final = b"HTTP/1.1 503 Busy\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
@@ -41,9 +42,11 @@ class WitnessServer(ThreadingHTTPServer):
         witness: Witness,
         *,
         timeout_s: float = _TIMEOUT_S,
+        max_age_s: float = _MAX_AGE_S,
         max_connections: int = _MAX_CONNECTIONS,
     ) -> None:
         self.witness = witness
+        self.max_age_s = max_age_s
         self._timeout_s = timeout_s
         self._max = max_connections
         self._until: dict[socket.socket, float] = {}
@@ -104,6 +107,11 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"  # keep-alive
     disable_nagle_algorithm = True
 
+    def setup(self) -> None:
+        """Begins a connection."""
+        self._begun_s = time.monotonic()
+        super().setup()
+
     def do_GET(self) -> None:
         """The latest checkpoint of a log."""
         length = self._length()
@@ -131,7 +139,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _length(self) -> int | None:
         """Of the body; None where that cannot be told for sure, and is refused."""
         lengths = self.headers.get_all("Content-Length", ["0"])
-        if "Transfer-Encoding" in self.headers:
+        if self.headers.defects:  # the parser gave up: a length may stand in what it left out
+            self._refuse(HTTPStatus.BAD_REQUEST)
+        elif "Transfer-Encoding" in self.headers:
             self._refuse(HTTPStatus.NOT_IMPLEMENTED)
         elif len(lengths) > 1 or not _LENGTH.fullmatch(lengths[0]):
             self._refuse(HTTPStatus.BAD_REQUEST)
@@ -149,6 +159,8 @@ class _Handler(BaseHTTPRequestHandler):
         except Exception as error:  # noqa: BLE001 - logged; others must be answered still
             _log.error("witness: %s: %s", type(error).__name__, error)
             answer = Answer(HTTPStatus.INTERNAL_SERVER_ERROR)
+        if time.monotonic() - self._begun_s >= self.server.max_age_s:
+            self.close_connection = True  # others may be waiting for its place
         self.send_response(answer.status)
         self.send_header("Content-Type", answer.content_type)
         self.send_header("Content-Length", str(len(answer.body)))
