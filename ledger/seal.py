@@ -253,8 +253,7 @@ class Sealer:
             chain = anchor.chain(origin, [self.key.verifier(origin)])
             with anchor.locked() as stream:
                 tail = anchor.tail(stream)
-            if tail.last is not None:
-                _checkpoint(tail.last, chain)
+            last_size = _checkpoint(tail.last, chain).size if tail.last else 0
         except errors.NotProved as error:
             raise self._contradicted(anchor, error) from None
         (in_charge,) = chain.keys_at(MAX_SIZE)
@@ -263,6 +262,13 @@ class Sealer:
                 f"{anchor.path}: the log was handed over to the key {in_charge}",
                 hint="seal with that one",
                 reason="wrong-key",
+            )
+        if tail.torn is not None and tail.torn.size <= last_size:
+            raise errors.SealRefused(
+                f"{anchor.path}: behind the checkpoint of size {last_size} another one of size "
+                f"{tail.torn.size} was being signed",
+                hint="find out who has the key; what is cut off at its end was not signed whole",
+                reason="split-view",
             )
         if tail.last is not None and not Handover.is_one(tail.last):
             by = [one for one in tail.last.signatures if one.name == origin]

@@ -226,6 +226,34 @@ async def test_kills_in_a_loop_leave_one_history(case, spawn, tmp_path):
         assert found.sealed == number - 1
 
 
+async def test_torn_copy_of_a_whole_checkpoint_is_written_over(case, tmp_path):
+    """A cosigned copy that the disk had no room for ends nothing: sealing goes on over it."""
+    whole = case.file.read_bytes()
+    with serving(tmp_path / "witness", case.key.verifier()) as (client, _):
+        sealer = Sealer(case.ledger, case.key, case.anchor, [client])
+        await sealer.seal(case.tenant)
+        cosigned = case.file.read_bytes()
+        for first, missing in ((13, 60), (15, 2)):
+            case.file.write_bytes(cosigned[:-missing])
+            await case.append(first, first + 1)
+            sealed = await Sealer(case.ledger, case.key, case.anchor, [client]).seal(case.tenant)
+            assert sealed.entries == 2
+            assert case.file.read_bytes().startswith(whole)
+            cosigned = case.file.read_bytes()
+    assert (await case.verify()).ok
+
+
+async def test_torn_checkpoint_of_a_sealed_size_stops_the_sealer(case):
+    """Another root of a size that is sealed was being signed: that is told, not passed over."""
+    other = Checkpoint(case.origin, 12, b"r" * 32).signed(case.key).encode()
+    torn = case.file.read_bytes() + other[:-40]
+    case.file.write_bytes(torn)
+    await case.append(13, 14)
+    with pytest.raises(errors.SealRefused, match="another one of size 12"):
+        await case.sealer().seal(case.tenant)
+    assert case.file.read_bytes() == torn
+
+
 async def test_torn_checkpoint_of_changed_entries_stops_the_sealer(case):
     """A checkpoint was half written; its entries were changed since: no second one is signed."""
     await case.append(13, 14)
@@ -508,6 +536,25 @@ async def test_rotation_that_was_cut_short_is_finished(case):
                 await case.sealer(key).seal(case.tenant)
         assert rotate(case.anchor, case.key, new) == [case.origin]
         assert case.file.read_bytes() == raw
+
+
+@pytest.mark.parametrize("after_a_handover", [False, True])
+async def test_rotation_goes_on_behind_its_own_torn_note(case, after_a_handover):
+    """Cut short in the last checkpoint's second signature, `rotate` finishes it, or a seal."""
+    old, new = case.key, SigningKey.generate(DEPLOYMENT)
+    if after_a_handover:
+        old = SigningKey.generate(DEPLOYMENT)
+        rotate(case.anchor, case.key, old)
+    rotate(case.anchor, old, new)
+    whole = case.file.read_bytes()
+    torn = whole[: whole.rindex(Handover.FIRST_LINE) - 40]
+    case.file.write_bytes(torn)
+    assert rotate(case.anchor, old, new) == [case.origin]
+    assert case.file.read_bytes() == whole
+    case.file.write_bytes(torn)
+    await case.append(13, 13)
+    assert (await case.sealer(old).seal(case.tenant)).entries == 1
+    assert (await case.verify()).ok
 
 
 def test_rotation_is_of_one_deployment(tmp_path):
