@@ -150,6 +150,11 @@ class Chain:
             )
         return self
 
+    def keys(self) -> Sequence[VerifierKey]:
+        """All that ever signed, or are trusted to, whatever the size."""
+        linked = (key for one in self.handovers for key in (one.old, one.new))
+        return tuple(dict.fromkeys((*self.trusted, *linked)))
+
     def keys_at(self, size: int) -> Sequence[VerifierKey]:
         """Whose signature a checkpoint of this size must have."""
         if not self.handovers:

@@ -32,7 +32,16 @@ from ledger.anchor import AnchorFile, Chain
 from ledger.leaf import leaf_hasher
 from ledger.ledger import Ledger
 from ledger.merkle import EMPTY_ROOT, MAX_SIZE, TileTree, consistency_ranges
-from ledger.note import Checkpoint, Handover, Note, Signature, SigningKey, origin_of
+from ledger.note import (
+    Checkpoint,
+    Handover,
+    Note,
+    Signature,
+    SigningKey,
+    VerifierKey,
+    origin_of,
+    signers,
+)
 from ledger.proof import ConsistencyProof
 from ledger.server import Server, pack
 from ledger.stream import Walk, head_command, parse_head, split_id
@@ -205,8 +214,8 @@ class Sealer:
         elsewhere = await self._elsewhere(tenant, origin)  # before the anchor, which is ahead of it
         chain, note, torn = await asyncio.to_thread(self._read_anchor, anchor, origin)
         sealed = _checkpoint(note, chain) if note else Checkpoint(origin, 0, EMPTY_ROOT)
-        for place, seen in elsewhere:
-            _check_known(anchor, chain, torn or sealed, place, seen)
+        for one in elsewhere:
+            _check_known(anchor, chain, torn or sealed, one)
         walk = Walk(self.server, tenant)
         try:
             await walk.start_after(sealed.size)
@@ -231,15 +240,15 @@ class Sealer:
                     log.cosigned[witness.key.name] = signature
         return log
 
-    async def _elsewhere(self, tenant: str, origin: str) -> list[tuple[str, Note]]:
+    async def _elsewhere(self, tenant: str, origin: str) -> list[_Seen]:
         """What may be checkpoints of this log outside its anchor, and where they are."""
         key = keys.evidence_checkpoints(tenant)
-        found = [(key, note) for note in await _latest_copies(self.server, key, origin)]
+        found = [_Seen(key, note) for note in await _latest_copies(self.server, key, origin)]
         asked = [asyncio.to_thread(one.latest, origin) for one in self.witnesses]
         results = await asyncio.gather(*asked, return_exceptions=True)
         for witness, result in zip(self.witnesses, results, strict=True):
             if isinstance(result, Note):
-                found.append((f"the witness {witness.key.name}", result))
+                found.append(_Seen(f"the witness {witness.key.name}", result, witness.key))
             elif isinstance(result, errors.LedgerError):
                 _log.warning("tenant %s: what the witness has seen: %s", tenant, result)
             elif isinstance(result, BaseException):
@@ -548,32 +557,64 @@ def _checkpoint(note: Note, chain: Chain) -> Checkpoint:
     return Handover.parse(note).at if Handover.is_one(note) else chain.verified(note)
 
 
-def _check_known(
-    anchor: AnchorFile, chain: Chain, sealed: Checkpoint, place: str, note: Note
-) -> None:
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """What may be a checkpoint of a log, seen outside its anchor; `witness` is who showed it."""
+
+    place: str
+    note: Note
+    witness: VerifierKey | None = None
+
+    def is_signed_by(self, trusted: Sequence[VerifierKey]) -> bool:
+        """Whether one of these keys has signed it, whatever else is under it."""
+        for key in trusted:
+            try:
+                return bool(signers(self.note, [key]))
+            except errors.NotProved:  # not this one
+                continue
+        return False
+
+
+def _check_known(anchor: AnchorFile, chain: Chain, sealed: Checkpoint, one: _Seen) -> None:
     """What was signed for this log is in its anchor, wherever it was seen.
+
+    The keys are not held to where they sign by the anchor: it is the anchor that is in doubt.
 
     Raises:
         SealRefused: the anchor does not have it: it was put back, or is another one.
     """
     try:
-        if Checkpoint.parse(note.text).size < sealed.size:
-            return
-        seen = chain.verified(note)
+        seen = Checkpoint.parse(one.note.text)
     except errors.NotProved:
-        return  # nothing that this log's key has signed; `verify` says what it is
+        return  # no checkpoint at all; `verify` says what it is
+    if seen.origin != chain.origin or seen.size < sealed.size:
+        return
+    by_us = one.is_signed_by(chain.keys())
+    cosigned = one.witness is not None and one.is_signed_by([one.witness])
+    if not by_us and not cosigned:
+        if seen.size > sealed.size:
+            _log.warning(
+                "%s ends at %d, and %s has a checkpoint of size %d by a key that is not known here:"
+                " if that is one of yours, the anchor was put back to before it; govledger verify",
+                anchor.path,
+                sealed.size,
+                one.place,
+                seen.size,
+            )
+        return
     if seen.size > sealed.size:
+        by = "this log's key" if by_us else "a key that the anchor does not know"
         raise errors.SealRefused(
-            f"{anchor.path} ends at {sealed.size}, and {place} has a checkpoint of size "
-            f"{seen.size} that this log's key has signed",
+            f"{anchor.path} ends at {sealed.size}, and {one.place} has a checkpoint of size "
+            f"{seen.size} that {by} has signed",
             hint="the anchor was put back to an earlier state, or is another one: use the one that "
             "has it; where that is lost, seal under another deployment name (README, Evidence)",
             reason="rolled-back",
         )
-    if seen.size == sealed.size and seen.root != sealed.root:
+    if seen.root != sealed.root:
         raise errors.SealRefused(
-            f"{anchor.path} and {place} have signed checkpoints of size {seen.size} with different "
-            "roots",
+            f"{anchor.path} and {one.place} have signed checkpoints of size {seen.size} with "
+            "different roots",
             hint="find out who has the key: two histories were signed with it",
             reason="split-view",
         )
@@ -623,6 +664,8 @@ def rotate(directory: Path, old: SigningKey, new: SigningKey) -> list[str]:
     """Hands every log of a deployment in an anchor directory over to a new key; their origins.
 
     What was handed over already is left; blocks. The last checkpoint is signed by both keys, too.
+    It looks at nothing but the directory: whether that was put back, the next seal finds out, as
+    what either key has signed is known elsewhere.
 
     Raises:
         InvalidInput: the keys are of different deployments, or the same key.

@@ -593,6 +593,42 @@ async def test_sealer_that_ran_through_a_rotation_stops(case):
         await sealer.seal(case.tenant)
 
 
+async def test_rotation_does_not_excuse_an_anchor_that_was_put_back(case):
+    """Handed over below what the old key has signed, the log is not sealed by the new one."""
+    before = case.file.read_bytes()
+    await case.append(13, 20)
+    await case.sealer().seal(case.tenant)
+    case.file.write_bytes(before)
+    new = SigningKey.generate(DEPLOYMENT)
+    rotate(case.anchor, case.key, new)
+    held = case.file.read_bytes()
+    with pytest.raises(errors.SealRefused, match="checkpoint of size 20 that this log's key"):
+        await case.sealer(new).seal(case.tenant)
+    assert case.file.read_bytes() == held
+
+
+@pytest.mark.parametrize("place", ["a copy", "a witness"])
+async def test_anchor_put_back_to_before_a_rotation_is_told(case, tmp_path, caplog, place):
+    """What the next key has signed meanwhile is named, and stops the old one where a witness
+    vouches for it.
+    """
+    before, new = case.file.read_bytes(), SigningKey.generate(DEPLOYMENT)
+    rotate(case.anchor, case.key, new)
+    await case.append(13, 20)
+    logs = [case.key.verifier(), new.verifier()]
+    with serving(tmp_path / "witness", *logs) as (client, _):
+        await Sealer(case.ledger, new, case.anchor, [client]).seal(case.tenant)
+        case.file.write_bytes(before)
+        if place == "a copy":
+            await case.sealer().seal(case.tenant)
+            told = f"{case.copies} has a checkpoint of size 20 by a key that is not known here"
+            assert any(told in one for one in caplog.messages)
+            return
+        with pytest.raises(errors.SealRefused, match="size 20 that a key that the anchor does not"):
+            await Sealer(case.ledger, case.key, case.anchor, [client]).seal(case.tenant)
+        assert case.file.read_bytes() == before
+
+
 # -- witnesses ---------------------------------------------------------------------------------
 
 
