@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 import time
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
@@ -70,6 +71,9 @@ LOGS_KEPT: Final = 1000
 """How many tenants' trees stay in memory, some 20 KiB each."""
 
 ATTEMPTS: Final = 10
+"""How often a sealer begins again where nothing comes nearer to what it wants."""
+
+BACKOFF_S: Final = 0.005
 _log = logging.getLogger("ledger")
 
 Progress = Callable[[int], None]
@@ -166,14 +170,16 @@ class Sealer:
             return sealed
 
     async def _seal(self, tenant: str, log: _Log | None, on_progress: Progress | None) -> Sealed:
-        count = wanted = 0
+        count = wanted = attempt = reached = 0
         until_ms = await self._until_ms(tenant)
-        for _ in range(ATTEMPTS):
+        while attempt < ATTEMPTS:
             try:
                 log = log or await self._open(tenant)
                 if not wanted:
                     await log.walk.refresh()
                     wanted = log.walk.head.seq
+                if reached < log.sealed.size < wanted:  # others bring it nearer, so this ends
+                    attempt, reached = 0, log.sealed.size
                 # What comes meanwhile is the next call's; others may have sealed the rest.
                 while (log.torn or log.sealed.size < wanted) and await self._grow(
                     log, until_ms, on_progress
@@ -186,7 +192,8 @@ class Sealer:
                 self._logs[tenant], self._sizes[tenant] = log, log.sealed.size
                 return sealed
             except _AnchorMoved:
-                log = None
+                log, attempt = None, attempt + 1
+                await asyncio.sleep(random.uniform(0, BACKOFF_S * 2**attempt))  # noqa: S311 - jitter
         raise errors.SealRefused(
             f"tenant {tenant}: other sealers kept sealing it", hint="one is enough", reason="busy"
         )
@@ -279,15 +286,20 @@ class Sealer:
                 hint="find out who has the key; what is cut off at its end was not signed whole",
                 reason="split-view",
             )
-        if tail.last is not None and not Handover.is_one(tail.last):
-            by = [one for one in tail.last.signatures if one.name == origin]
-            if not all(map(self.key.verifier(origin).matches, by)):
-                raise errors.SealRefused(
-                    f"{anchor.path}: a hand-over to another key was begun, and is not there",
-                    hint="govledger keys rotate once more finishes it",
-                    reason="wrong-key",
-                )
+        if self._is_half_handed_over(tail.last, origin):
+            raise errors.SealRefused(
+                f"{anchor.path}: a hand-over to another key was begun, and is not there",
+                hint="govledger keys rotate once more finishes it",
+                reason="wrong-key",
+            )
         return chain, tail.last, tail.torn
+
+    def _is_half_handed_over(self, last: Note | None, origin: str) -> bool:
+        """Whether another key has signed the last checkpoint, too, and no hand-over follows."""
+        if last is None or Handover.is_one(last):
+            return False
+        by = [one for one in last.signatures if one.name == origin]
+        return not all(map(self.key.verifier(origin).matches, by))
 
     def _contradicted(self, anchor: AnchorFile, error: errors.NotProved) -> errors.SealRefused:
         hints = {
@@ -383,6 +395,8 @@ class Sealer:
             handed_over = tail.last is not None and Handover.is_one(tail.last)
             if tail.torn != log.torn or (handed_over and tail.last != log.note):
                 raise _AnchorMoved
+            if self._is_half_handed_over(tail.last, log.origin):
+                raise _AnchorMoved  # opened anew, it says so
             if tail.torn and tail.torn != checkpoint:
                 raise errors.SealRefused(
                     f"tenant {log.tenant}: a checkpoint of size {checkpoint.size} with another "

@@ -287,6 +287,24 @@ async def _opened(case):
     return await Ledger.connect(case.server.url)
 
 
+async def test_sealer_that_is_overtaken_at_every_step_ends(case):
+    """Others sign each size just before it, more often than it tries anew: it is done with them."""
+    await case.append(13, 30)
+    slow = Sealer(case.ledger, case.key, case.anchor, batch_entries=1)
+    sign = slow._sign
+
+    async def late(log):
+        note = signed(case.key, case.origin, log.tree.size, log.tree.root())
+        with log.anchor.locked() as stream:
+            log.anchor.append(stream, log.anchor.tail(stream), note)
+        await sign(log)
+
+    slow._sign = late
+    sealed = await slow.seal(case.tenant)
+    assert sealed.checkpoint.size == 30
+    assert (await case.verify()).ok
+
+
 def overtaken(case, slow, fast):
     """Another sealer seals between the slow one's signature and what it does with it."""
     publish = slow._publish
@@ -331,6 +349,18 @@ async def test_tiles_never_get_shorter(case):
     await case.append(301, 301)
     await case.sealer().seal(case.tenant)
     assert (await case.verify()).ok
+
+
+async def test_damaged_tiles_are_written_over(case):
+    """What is no tile, or has more hashes than one, does not stay for what it begins with."""
+    await case.append(13, 300)
+    await case.sealer().seal(case.tenant)
+    there = case.client.hgetall(case.tiles)
+    case.client.hset(case.tiles, "0/0", there[b"0/0"] + b"y" * 32)
+    for name in (b"0/1", b"1/0"):
+        case.client.hset(case.tiles, name, there[name] + b"x")
+    await case.sealer().seal(case.tenant)  # opens, and finds the last of them damaged
+    assert case.client.hgetall(case.tiles) == there
 
 
 # -- what it refuses ---------------------------------------------------------------------------
@@ -627,6 +657,20 @@ async def test_anchor_put_back_to_before_a_rotation_is_told(case, tmp_path, capl
         with pytest.raises(errors.SealRefused, match="size 20 that a key that the anchor does not"):
             await Sealer(case.ledger, case.key, case.anchor, [client]).seal(case.tenant)
         assert case.file.read_bytes() == before
+
+
+async def test_sealer_that_ran_through_half_a_rotation_stops(case):
+    """A sealer alive during a hand-over that was cut short signs nothing, as a new one does not."""
+    sealer, new = case.sealer(), SigningKey.generate(DEPLOYMENT)
+    await sealer.seal(case.tenant)
+    rotate(case.anchor, case.key, new)
+    raw = case.file.read_bytes()
+    half = raw[: raw.index(Handover.FIRST_LINE)]
+    case.file.write_bytes(half)
+    await case.append(13, 13)
+    with pytest.raises(errors.SealRefused, match="hand-over to another key was begun"):
+        await sealer.seal(case.tenant)
+    assert case.file.read_bytes() == half
 
 
 # -- witnesses ---------------------------------------------------------------------------------
