@@ -194,9 +194,7 @@ class Sealer:
             except _AnchorMoved:
                 log, attempt = None, attempt + 1
                 await asyncio.sleep(random.uniform(0, BACKOFF_S * 2**attempt))  # noqa: S311 - jitter
-        raise errors.SealRefused(
-            f"tenant {tenant}: other sealers kept sealing it", hint="one is enough", reason="busy"
-        )
+        raise _busy(tenant)
 
     async def _until_ms(self, tenant: str) -> int | None:
         key = keys.decisions(tenant)
@@ -245,7 +243,42 @@ class Sealer:
             for signature in note.signatures if note else ():
                 if witness.key.matches(signature):
                     log.cosigned[witness.key.name] = signature
+        shown = {one.witness for one in elsewhere}
+        silent = [one for one in self.witnesses if one.key not in shown]
+        await asyncio.gather(*(self._ask_silent(log, one) for one in silent))
         return log
+
+    async def _ask_silent(self, log: _Log, witness: WitnessClient) -> None:
+        """Offers the anchor's last checkpoint to a witness that shows none, before one is signed.
+
+        The protocol has no question for what a witness has seen: a conflict tells it.
+
+        Raises:
+            SealRefused: it has seen a larger one, or another root.
+        """
+        if not log.sealed.size:
+            return
+        proof = ConsistencyProof(log.sealed.size, (), log.sealed.signed(self.key))
+        try:
+            log.cosigned[witness.key.name] = await asyncio.to_thread(witness.add, proof)
+            log.witnessed[witness.key.name] = log.sealed.size
+        except WitnessBehind as stands:
+            log.witnessed[witness.key.name] = stands.size
+            if stands.size > log.sealed.size:
+                await self._check_witness_ahead(log, witness, stands.size)
+        except errors.WitnessUnavailable as error:
+            _log.warning("tenant %s: what the witness has seen: %s", log.tenant, error)
+
+    async def _check_witness_ahead(self, log: _Log, witness: WitnessClient, size: int) -> None:
+        if await asyncio.to_thread(_anchored_size, log.anchor) >= size:
+            raise _AnchorMoved
+        raise errors.SealRefused(
+            f"tenant {log.tenant}: the witness {witness.key.name} has seen size {size}, "
+            f"the anchor ends at {log.sealed.size}",
+            hint="the anchor directory was restored to an earlier state, or another sealer has "
+            "another one",
+            reason="rolled-back",
+        )
 
     async def _elsewhere(self, tenant: str, origin: str) -> list[_Seen]:
         """What may be checkpoints of this log outside its anchor, and where they are."""
@@ -344,7 +377,10 @@ class Sealer:
         Raises:
             SealRefused: the entries are not those that were sealed.
         """
-        log = await self._open(tenant)
+        try:
+            log = await self._open(tenant)
+        except _AnchorMoved:
+            raise _busy(tenant) from None
         tiles = keys.evidence_tiles(tenant, log.origin)
         await self.server.command(tiles, "UNLINK", tiles)
         await self._rederived(tenant, log.sealed, log.tiles)
@@ -466,15 +502,7 @@ class Sealer:
             except WitnessBehind as stands:
                 old = stands.size
                 if old > log.sealed.size:
-                    if await asyncio.to_thread(_anchored_size, log.anchor) >= old:
-                        raise _AnchorMoved from None
-                    raise errors.SealRefused(
-                        f"tenant {log.tenant}: the witness {witness.key.name} has seen size {old}, "
-                        f"the anchor ends at {log.sealed.size}",
-                        hint="the anchor directory was restored to an earlier state, or another "
-                        "sealer has another one",
-                        reason="rolled-back",
-                    ) from None
+                    await self._check_witness_ahead(log, witness, old)
             else:
                 log.witnessed[witness.key.name] = log.sealed.size
                 return signature
@@ -565,6 +593,12 @@ class Sealer:
                 if head.seq > sealed:
                     found[tenant] = head.seq - sealed
         return found
+
+
+def _busy(tenant: str) -> errors.SealRefused:
+    return errors.SealRefused(
+        f"tenant {tenant}: other sealers kept sealing it", hint="one is enough", reason="busy"
+    )
 
 
 def _checkpoint(note: Note, chain: Chain) -> Checkpoint:

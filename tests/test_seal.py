@@ -695,8 +695,8 @@ async def test_witness_that_is_away_is_caught_up_later(case, tmp_path):
 
 
 async def test_witness_notices_a_fork(case, tmp_path, monkeypatch):
-    """A directory put back, and another history signed: a witness that shows its latest checkpoint
-    stops the sealer before it signs, one that does not refuses what it signed.
+    """A directory put back: a witness stops the sealer before it signs, whether it shows its latest
+    checkpoint or not, and refuses a history that was signed without it.
     """
     with serving(tmp_path / "witness", case.key.verifier()) as (client, _):
         before = case.file.read_bytes()
@@ -714,7 +714,9 @@ async def test_witness_notices_a_fork(case, tmp_path, monkeypatch):
         monkeypatch.setattr(WitnessClient, "latest", lambda *_: None)
         with pytest.raises(errors.SealRefused, match="has seen size 15"):
             await Sealer(case.ledger, case.key, case.anchor, [client]).seal(case.tenant)
+        assert case.file.read_bytes() == before  # nor is anything signed where it shows none
         await case.append(113, 120)
+        await case.sealer().seal(case.tenant)  # without it
         with pytest.raises(errors.SealRefused, match="not the beginning of this"):
             await Sealer(case.ledger, case.key, case.anchor, [client]).seal(case.tenant)
 
