@@ -712,10 +712,10 @@ async def test_witness_notices_a_fork(case, tmp_path, monkeypatch):
             await Sealer(case.ledger, case.key, case.anchor, [client]).seal(case.tenant)
         assert case.file.read_bytes() == before
         monkeypatch.setattr(WitnessClient, "latest", lambda *_: None)
+        await case.append(113, 120)
         with pytest.raises(errors.SealRefused, match="has seen size 15"):
             await Sealer(case.ledger, case.key, case.anchor, [client]).seal(case.tenant)
         assert case.file.read_bytes() == before  # nor is anything signed where it shows none
-        await case.append(113, 120)
         await case.sealer().seal(case.tenant)  # without it
         with pytest.raises(errors.SealRefused, match="not the beginning of this"):
             await Sealer(case.ledger, case.key, case.anchor, [client]).seal(case.tenant)
