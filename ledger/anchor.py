@@ -150,6 +150,11 @@ class Chain:
             )
         return self
 
+    def keys(self) -> Sequence[VerifierKey]:
+        """All that ever signed, or are trusted to, whatever the size."""
+        linked = (key for one in self.handovers for key in (one.old, one.new))
+        return tuple(dict.fromkeys((*self.trusted, *linked)))
+
     def keys_at(self, size: int) -> Sequence[VerifierKey]:
         """Whose signature a checkpoint of this size must have."""
         if not self.handovers:
@@ -331,7 +336,10 @@ class AnchorFile:
         torn = Note(blocks[0] + b"\n", ()) if len(blocks) == 2 else None
         if torn is None or Handover.is_one(torn):
             return Tail(last, None, whole)
-        return Tail(last, Checkpoint.parse(torn.text), whole)
+        checkpoint = Checkpoint.parse(torn.text)
+        if last is not None and checkpoint == _at(last):  # a copy of what is whole already
+            return Tail(last, None, whole)
+        return Tail(last, checkpoint, whole)
 
     def append(self, stream: BinaryIO, tail: Tail, note: Note) -> None:
         """Adds a note behind the tail, over what was torn, and returns when it is on disk."""
@@ -340,6 +348,11 @@ class AnchorFile:
         stream.write((b"\n" if tail.unended else b"") + note.encode() + b"\n")
         stream.flush()
         os.fsync(stream.fileno())
+
+
+def _at(note: Note) -> Checkpoint:
+    """The checkpoint that a note has, or hands over, by its own word."""
+    return Handover.parse(note).at if Handover.is_one(note) else Checkpoint.parse(note.text)
 
 
 def _lines(stream: BinaryIO) -> Iterator[bytes]:

@@ -830,7 +830,8 @@ local function write_tiles(keys, args)
   if kind ~= 'hash' and kind ~= 'none' then call('UNLINK', keys[1]) end
   for i = 2, #args, 2 do
     local there = call('HGET', keys[1], args[i])
-    if not there or string.sub(there, 1, #args[i + 1]) ~= args[i + 1] then
+    local is_tile = there and #there % 32 == 0 and #there <= 8192
+    if not is_tile or string.sub(there, 1, #args[i + 1]) ~= args[i + 1] then
       call('HSET', keys[1], args[i], args[i + 1])
     end
   end

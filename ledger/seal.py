@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 import time
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
@@ -32,7 +33,16 @@ from ledger.anchor import AnchorFile, Chain
 from ledger.leaf import leaf_hasher
 from ledger.ledger import Ledger
 from ledger.merkle import EMPTY_ROOT, MAX_SIZE, TileTree, consistency_ranges
-from ledger.note import Checkpoint, Handover, Note, Signature, SigningKey, origin_of
+from ledger.note import (
+    Checkpoint,
+    Handover,
+    Note,
+    Signature,
+    SigningKey,
+    VerifierKey,
+    origin_of,
+    signers,
+)
 from ledger.proof import ConsistencyProof
 from ledger.server import Server, pack
 from ledger.stream import Walk, head_command, parse_head, split_id
@@ -61,6 +71,9 @@ LOGS_KEPT: Final = 1000
 """How many tenants' trees stay in memory, some 20 KiB each."""
 
 ATTEMPTS: Final = 10
+"""How often a sealer begins again where nothing comes nearer to what it wants."""
+
+BACKOFF_S: Final = 0.005
 _log = logging.getLogger("ledger")
 
 Progress = Callable[[int], None]
@@ -157,14 +170,16 @@ class Sealer:
             return sealed
 
     async def _seal(self, tenant: str, log: _Log | None, on_progress: Progress | None) -> Sealed:
-        count = wanted = 0
+        count = wanted = attempt = reached = 0
         until_ms = await self._until_ms(tenant)
-        for _ in range(ATTEMPTS):
+        while attempt < ATTEMPTS:
             try:
                 log = log or await self._open(tenant)
                 if not wanted:
                     await log.walk.refresh()
                     wanted = log.walk.head.seq
+                if reached < log.sealed.size < wanted:  # others bring it nearer, so this ends
+                    attempt, reached = 0, log.sealed.size
                 # What comes meanwhile is the next call's; others may have sealed the rest.
                 while (log.torn or log.sealed.size < wanted) and await self._grow(
                     log, until_ms, on_progress
@@ -177,10 +192,9 @@ class Sealer:
                 self._logs[tenant], self._sizes[tenant] = log, log.sealed.size
                 return sealed
             except _AnchorMoved:
-                log = None
-        raise errors.SealRefused(
-            f"tenant {tenant}: other sealers kept sealing it", hint="one is enough", reason="busy"
-        )
+                log, attempt = None, attempt + 1
+                await asyncio.sleep(random.uniform(0, BACKOFF_S * 2**attempt))  # noqa: S311 - jitter
+        raise _busy(tenant)
 
     async def _until_ms(self, tenant: str) -> int | None:
         key = keys.decisions(tenant)
@@ -205,8 +219,8 @@ class Sealer:
         elsewhere = await self._elsewhere(tenant, origin)  # before the anchor, which is ahead of it
         chain, note, torn = await asyncio.to_thread(self._read_anchor, anchor, origin)
         sealed = _checkpoint(note, chain) if note else Checkpoint(origin, 0, EMPTY_ROOT)
-        for place, seen in elsewhere:
-            _check_known(anchor, chain, torn or sealed, place, seen)
+        for one in elsewhere:
+            _check_known(anchor, chain, torn or sealed, one)
         walk = Walk(self.server, tenant)
         try:
             await walk.start_after(sealed.size)
@@ -229,17 +243,52 @@ class Sealer:
             for signature in note.signatures if note else ():
                 if witness.key.matches(signature):
                     log.cosigned[witness.key.name] = signature
+        shown = {one.witness for one in elsewhere}
+        silent = [one for one in self.witnesses if one.key not in shown]
+        await asyncio.gather(*(self._ask_silent(log, one) for one in silent))
         return log
 
-    async def _elsewhere(self, tenant: str, origin: str) -> list[tuple[str, Note]]:
+    async def _ask_silent(self, log: _Log, witness: WitnessClient) -> None:
+        """Offers the anchor's last checkpoint to a witness that shows none, before one is signed.
+
+        The protocol has no question for what a witness has seen: a conflict tells it.
+
+        Raises:
+            SealRefused: it has seen a larger one, or another root.
+        """
+        if not log.sealed.size:
+            return
+        proof = ConsistencyProof(log.sealed.size, (), log.sealed.signed(self.key))
+        try:
+            log.cosigned[witness.key.name] = await asyncio.to_thread(witness.add, proof)
+            log.witnessed[witness.key.name] = log.sealed.size
+        except WitnessBehind as stands:
+            log.witnessed[witness.key.name] = stands.size
+            if stands.size > log.sealed.size:
+                await self._check_witness_ahead(log, witness, stands.size)
+        except errors.WitnessUnavailable as error:
+            _log.warning("tenant %s: what the witness has seen: %s", log.tenant, error)
+
+    async def _check_witness_ahead(self, log: _Log, witness: WitnessClient, size: int) -> None:
+        if await asyncio.to_thread(_anchored_size, log.anchor) >= size:
+            raise _AnchorMoved
+        raise errors.SealRefused(
+            f"tenant {log.tenant}: the witness {witness.key.name} has seen size {size}, "
+            f"the anchor ends at {log.sealed.size}",
+            hint="the anchor directory was restored to an earlier state, or another sealer has "
+            "another one",
+            reason="rolled-back",
+        )
+
+    async def _elsewhere(self, tenant: str, origin: str) -> list[_Seen]:
         """What may be checkpoints of this log outside its anchor, and where they are."""
         key = keys.evidence_checkpoints(tenant)
-        found = [(key, note) for note in await _latest_copies(self.server, key, origin)]
+        found = [_Seen(key, note) for note in await _latest_copies(self.server, key, origin)]
         asked = [asyncio.to_thread(one.latest, origin) for one in self.witnesses]
         results = await asyncio.gather(*asked, return_exceptions=True)
         for witness, result in zip(self.witnesses, results, strict=True):
             if isinstance(result, Note):
-                found.append((f"the witness {witness.key.name}", result))
+                found.append(_Seen(f"the witness {witness.key.name}", result, witness.key))
             elif isinstance(result, errors.LedgerError):
                 _log.warning("tenant %s: what the witness has seen: %s", tenant, result)
             elif isinstance(result, BaseException):
@@ -253,8 +302,7 @@ class Sealer:
             chain = anchor.chain(origin, [self.key.verifier(origin)])
             with anchor.locked() as stream:
                 tail = anchor.tail(stream)
-            if tail.last is not None:
-                _checkpoint(tail.last, chain)
+            last_size = _checkpoint(tail.last, chain).size if tail.last else 0
         except errors.NotProved as error:
             raise self._contradicted(anchor, error) from None
         (in_charge,) = chain.keys_at(MAX_SIZE)
@@ -264,15 +312,27 @@ class Sealer:
                 hint="seal with that one",
                 reason="wrong-key",
             )
-        if tail.last is not None and not Handover.is_one(tail.last):
-            by = [one for one in tail.last.signatures if one.name == origin]
-            if not all(map(self.key.verifier(origin).matches, by)):
-                raise errors.SealRefused(
-                    f"{anchor.path}: a hand-over to another key was begun, and is not there",
-                    hint="govledger keys rotate once more finishes it",
-                    reason="wrong-key",
-                )
+        if tail.torn is not None and tail.torn.size <= last_size:
+            raise errors.SealRefused(
+                f"{anchor.path}: behind the checkpoint of size {last_size} another one of size "
+                f"{tail.torn.size} was being signed",
+                hint="find out who has the key; what is cut off at its end was not signed whole",
+                reason="split-view",
+            )
+        if self._is_half_handed_over(tail.last, origin):
+            raise errors.SealRefused(
+                f"{anchor.path}: a hand-over to another key was begun, and is not there",
+                hint="govledger keys rotate once more finishes it",
+                reason="wrong-key",
+            )
         return chain, tail.last, tail.torn
+
+    def _is_half_handed_over(self, last: Note | None, origin: str) -> bool:
+        """Whether another key has signed the last checkpoint, too, and no hand-over follows."""
+        if last is None or Handover.is_one(last):
+            return False
+        by = [one for one in last.signatures if one.name == origin]
+        return not all(map(self.key.verifier(origin).matches, by))
 
     def _contradicted(self, anchor: AnchorFile, error: errors.NotProved) -> errors.SealRefused:
         hints = {
@@ -317,7 +377,10 @@ class Sealer:
         Raises:
             SealRefused: the entries are not those that were sealed.
         """
-        log = await self._open(tenant)
+        try:
+            log = await self._open(tenant)
+        except _AnchorMoved:
+            raise _busy(tenant) from None
         tiles = keys.evidence_tiles(tenant, log.origin)
         await self.server.command(tiles, "UNLINK", tiles)
         await self._rederived(tenant, log.sealed, log.tiles)
@@ -368,6 +431,8 @@ class Sealer:
             handed_over = tail.last is not None and Handover.is_one(tail.last)
             if tail.torn != log.torn or (handed_over and tail.last != log.note):
                 raise _AnchorMoved
+            if self._is_half_handed_over(tail.last, log.origin):
+                raise _AnchorMoved  # opened anew, it says so
             if tail.torn and tail.torn != checkpoint:
                 raise errors.SealRefused(
                     f"tenant {log.tenant}: a checkpoint of size {checkpoint.size} with another "
@@ -437,15 +502,7 @@ class Sealer:
             except WitnessBehind as stands:
                 old = stands.size
                 if old > log.sealed.size:
-                    if await asyncio.to_thread(_anchored_size, log.anchor) >= old:
-                        raise _AnchorMoved from None
-                    raise errors.SealRefused(
-                        f"tenant {log.tenant}: the witness {witness.key.name} has seen size {old}, "
-                        f"the anchor ends at {log.sealed.size}",
-                        hint="the anchor directory was restored to an earlier state, or another "
-                        "sealer has another one",
-                        reason="rolled-back",
-                    ) from None
+                    await self._check_witness_ahead(log, witness, old)
             else:
                 log.witnessed[witness.key.name] = log.sealed.size
                 return signature
@@ -538,36 +595,74 @@ class Sealer:
         return found
 
 
+def _busy(tenant: str) -> errors.SealRefused:
+    return errors.SealRefused(
+        f"tenant {tenant}: other sealers kept sealing it", hint="one is enough", reason="busy"
+    )
+
+
 def _checkpoint(note: Note, chain: Chain) -> Checkpoint:
     return Handover.parse(note).at if Handover.is_one(note) else chain.verified(note)
 
 
-def _check_known(
-    anchor: AnchorFile, chain: Chain, sealed: Checkpoint, place: str, note: Note
-) -> None:
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """What may be a checkpoint of a log, seen outside its anchor; `witness` is who showed it."""
+
+    place: str
+    note: Note
+    witness: VerifierKey | None = None
+
+    def is_signed_by(self, trusted: Sequence[VerifierKey]) -> bool:
+        """Whether one of these keys has signed it, whatever else is under it."""
+        for key in trusted:
+            try:
+                return bool(signers(self.note, [key]))
+            except errors.NotProved:  # not this one
+                continue
+        return False
+
+
+def _check_known(anchor: AnchorFile, chain: Chain, sealed: Checkpoint, one: _Seen) -> None:
     """What was signed for this log is in its anchor, wherever it was seen.
+
+    The keys are not held to where they sign by the anchor: it is the anchor that is in doubt.
 
     Raises:
         SealRefused: the anchor does not have it: it was put back, or is another one.
     """
     try:
-        if Checkpoint.parse(note.text).size < sealed.size:
-            return
-        seen = chain.verified(note)
+        seen = Checkpoint.parse(one.note.text)
     except errors.NotProved:
-        return  # nothing that this log's key has signed; `verify` says what it is
+        return  # no checkpoint at all; `verify` says what it is
+    if seen.origin != chain.origin or seen.size < sealed.size:
+        return
+    by_us = one.is_signed_by(chain.keys())
+    cosigned = one.witness is not None and one.is_signed_by([one.witness])
+    if not by_us and not cosigned:
+        if seen.size > sealed.size:
+            _log.warning(
+                "%s ends at %d, and %s has a checkpoint of size %d by a key that is not known here:"
+                " if that is one of yours, the anchor was put back to before it; govledger verify",
+                anchor.path,
+                sealed.size,
+                one.place,
+                seen.size,
+            )
+        return
     if seen.size > sealed.size:
+        by = "this log's key" if by_us else "a key that the anchor does not know"
         raise errors.SealRefused(
-            f"{anchor.path} ends at {sealed.size}, and {place} has a checkpoint of size "
-            f"{seen.size} that this log's key has signed",
+            f"{anchor.path} ends at {sealed.size}, and {one.place} has a checkpoint of size "
+            f"{seen.size} that {by} has signed",
             hint="the anchor was put back to an earlier state, or is another one: use the one that "
             "has it; where that is lost, seal under another deployment name (README, Evidence)",
             reason="rolled-back",
         )
-    if seen.size == sealed.size and seen.root != sealed.root:
+    if seen.root != sealed.root:
         raise errors.SealRefused(
-            f"{anchor.path} and {place} have signed checkpoints of size {seen.size} with different "
-            "roots",
+            f"{anchor.path} and {one.place} have signed checkpoints of size {seen.size} with "
+            "different roots",
             hint="find out who has the key: two histories were signed with it",
             reason="split-view",
         )
@@ -617,6 +712,8 @@ def rotate(directory: Path, old: SigningKey, new: SigningKey) -> list[str]:
     """Hands every log of a deployment in an anchor directory over to a new key; their origins.
 
     What was handed over already is left; blocks. The last checkpoint is signed by both keys, too.
+    It looks at nothing but the directory: whether that was put back, the next seal finds out, as
+    what either key has signed is known elsewhere.
 
     Raises:
         InvalidInput: the keys are of different deployments, or the same key.

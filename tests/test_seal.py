@@ -226,6 +226,34 @@ async def test_kills_in_a_loop_leave_one_history(case, spawn, tmp_path):
         assert found.sealed == number - 1
 
 
+async def test_torn_copy_of_a_whole_checkpoint_is_written_over(case, tmp_path):
+    """A cosigned copy that the disk had no room for ends nothing: sealing goes on over it."""
+    whole = case.file.read_bytes()
+    with serving(tmp_path / "witness", case.key.verifier()) as (client, _):
+        sealer = Sealer(case.ledger, case.key, case.anchor, [client])
+        await sealer.seal(case.tenant)
+        cosigned = case.file.read_bytes()
+        for first, missing in ((13, 60), (15, 2)):
+            case.file.write_bytes(cosigned[:-missing])
+            await case.append(first, first + 1)
+            sealed = await Sealer(case.ledger, case.key, case.anchor, [client]).seal(case.tenant)
+            assert sealed.entries == 2
+            assert case.file.read_bytes().startswith(whole)
+            cosigned = case.file.read_bytes()
+    assert (await case.verify()).ok
+
+
+async def test_torn_checkpoint_of_a_sealed_size_stops_the_sealer(case):
+    """Another root of a size that is sealed was being signed: that is told, not passed over."""
+    other = Checkpoint(case.origin, 12, b"r" * 32).signed(case.key).encode()
+    torn = case.file.read_bytes() + other[:-40]
+    case.file.write_bytes(torn)
+    await case.append(13, 14)
+    with pytest.raises(errors.SealRefused, match="another one of size 12"):
+        await case.sealer().seal(case.tenant)
+    assert case.file.read_bytes() == torn
+
+
 async def test_torn_checkpoint_of_changed_entries_stops_the_sealer(case):
     """A checkpoint was half written; its entries were changed since: no second one is signed."""
     await case.append(13, 14)
@@ -257,6 +285,24 @@ async def test_racing_sealers_agree(case):
 
 async def _opened(case):
     return await Ledger.connect(case.server.url)
+
+
+async def test_sealer_that_is_overtaken_at_every_step_ends(case):
+    """Others sign each size just before it, more often than it tries anew: it is done with them."""
+    await case.append(13, 30)
+    slow = Sealer(case.ledger, case.key, case.anchor, batch_entries=1)
+    sign = slow._sign
+
+    async def late(log):
+        note = signed(case.key, case.origin, log.tree.size, log.tree.root())
+        with log.anchor.locked() as stream:
+            log.anchor.append(stream, log.anchor.tail(stream), note)
+        await sign(log)
+
+    slow._sign = late
+    sealed = await slow.seal(case.tenant)
+    assert sealed.checkpoint.size == 30
+    assert (await case.verify()).ok
 
 
 def overtaken(case, slow, fast):
@@ -303,6 +349,18 @@ async def test_tiles_never_get_shorter(case):
     await case.append(301, 301)
     await case.sealer().seal(case.tenant)
     assert (await case.verify()).ok
+
+
+async def test_damaged_tiles_are_written_over(case):
+    """What is no tile, or has more hashes than one, does not stay for what it begins with."""
+    await case.append(13, 300)
+    await case.sealer().seal(case.tenant)
+    there = case.client.hgetall(case.tiles)
+    case.client.hset(case.tiles, "0/0", there[b"0/0"] + b"y" * 32)
+    for name in (b"0/1", b"1/0"):
+        case.client.hset(case.tiles, name, there[name] + b"x")
+    await case.sealer().seal(case.tenant)  # opens, and finds the last of them damaged
+    assert case.client.hgetall(case.tiles) == there
 
 
 # -- what it refuses ---------------------------------------------------------------------------
@@ -510,6 +568,25 @@ async def test_rotation_that_was_cut_short_is_finished(case):
         assert case.file.read_bytes() == raw
 
 
+@pytest.mark.parametrize("after_a_handover", [False, True])
+async def test_rotation_goes_on_behind_its_own_torn_note(case, after_a_handover):
+    """Cut short in the last checkpoint's second signature, `rotate` finishes it, or a seal."""
+    old, new = case.key, SigningKey.generate(DEPLOYMENT)
+    if after_a_handover:
+        old = SigningKey.generate(DEPLOYMENT)
+        rotate(case.anchor, case.key, old)
+    rotate(case.anchor, old, new)
+    whole = case.file.read_bytes()
+    torn = whole[: whole.rindex(Handover.FIRST_LINE) - 40]
+    case.file.write_bytes(torn)
+    assert rotate(case.anchor, old, new) == [case.origin]
+    assert case.file.read_bytes() == whole
+    case.file.write_bytes(torn)
+    await case.append(13, 13)
+    assert (await case.sealer(old).seal(case.tenant)).entries == 1
+    assert (await case.verify()).ok
+
+
 def test_rotation_is_of_one_deployment(tmp_path):
     """Logs of a deployment whose name begins alike are left, and one that fails stops no other."""
     old, new, under = (SigningKey.generate(f"acme.example{end}") for end in ("", "", "/prod"))
@@ -546,6 +623,56 @@ async def test_sealer_that_ran_through_a_rotation_stops(case):
         await sealer.seal(case.tenant)
 
 
+async def test_rotation_does_not_excuse_an_anchor_that_was_put_back(case):
+    """Handed over below what the old key has signed, the log is not sealed by the new one."""
+    before = case.file.read_bytes()
+    await case.append(13, 20)
+    await case.sealer().seal(case.tenant)
+    case.file.write_bytes(before)
+    new = SigningKey.generate(DEPLOYMENT)
+    rotate(case.anchor, case.key, new)
+    held = case.file.read_bytes()
+    with pytest.raises(errors.SealRefused, match="checkpoint of size 20 that this log's key"):
+        await case.sealer(new).seal(case.tenant)
+    assert case.file.read_bytes() == held
+
+
+@pytest.mark.parametrize("place", ["a copy", "a witness"])
+async def test_anchor_put_back_to_before_a_rotation_is_told(case, tmp_path, caplog, place):
+    """What the next key has signed meanwhile is named, and stops the old one where a witness
+    vouches for it.
+    """
+    before, new = case.file.read_bytes(), SigningKey.generate(DEPLOYMENT)
+    rotate(case.anchor, case.key, new)
+    await case.append(13, 20)
+    logs = [case.key.verifier(), new.verifier()]
+    with serving(tmp_path / "witness", *logs) as (client, _):
+        await Sealer(case.ledger, new, case.anchor, [client]).seal(case.tenant)
+        case.file.write_bytes(before)
+        if place == "a copy":
+            await case.sealer().seal(case.tenant)
+            told = f"{case.copies} has a checkpoint of size 20 by a key that is not known here"
+            assert any(told in one for one in caplog.messages)
+            return
+        with pytest.raises(errors.SealRefused, match="size 20 that a key that the anchor does not"):
+            await Sealer(case.ledger, case.key, case.anchor, [client]).seal(case.tenant)
+        assert case.file.read_bytes() == before
+
+
+async def test_sealer_that_ran_through_half_a_rotation_stops(case):
+    """A sealer alive during a hand-over that was cut short signs nothing, as a new one does not."""
+    sealer, new = case.sealer(), SigningKey.generate(DEPLOYMENT)
+    await sealer.seal(case.tenant)
+    rotate(case.anchor, case.key, new)
+    raw = case.file.read_bytes()
+    half = raw[: raw.index(Handover.FIRST_LINE)]
+    case.file.write_bytes(half)
+    await case.append(13, 13)
+    with pytest.raises(errors.SealRefused, match="hand-over to another key was begun"):
+        await sealer.seal(case.tenant)
+    assert case.file.read_bytes() == half
+
+
 # -- witnesses ---------------------------------------------------------------------------------
 
 
@@ -568,8 +695,8 @@ async def test_witness_that_is_away_is_caught_up_later(case, tmp_path):
 
 
 async def test_witness_notices_a_fork(case, tmp_path, monkeypatch):
-    """A directory put back, and another history signed: a witness that shows its latest checkpoint
-    stops the sealer before it signs, one that does not refuses what it signed.
+    """A directory put back: a witness stops the sealer before it signs, whether it shows its latest
+    checkpoint or not, and refuses a history that was signed without it.
     """
     with serving(tmp_path / "witness", case.key.verifier()) as (client, _):
         before = case.file.read_bytes()
@@ -585,9 +712,11 @@ async def test_witness_notices_a_fork(case, tmp_path, monkeypatch):
             await Sealer(case.ledger, case.key, case.anchor, [client]).seal(case.tenant)
         assert case.file.read_bytes() == before
         monkeypatch.setattr(WitnessClient, "latest", lambda *_: None)
+        await case.append(113, 120)
         with pytest.raises(errors.SealRefused, match="has seen size 15"):
             await Sealer(case.ledger, case.key, case.anchor, [client]).seal(case.tenant)
-        await case.append(113, 120)
+        assert case.file.read_bytes() == before  # nor is anything signed where it shows none
+        await case.sealer().seal(case.tenant)  # without it
         with pytest.raises(errors.SealRefused, match="not the beginning of this"):
             await Sealer(case.ledger, case.key, case.anchor, [client]).seal(case.tenant)
 
