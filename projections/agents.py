@@ -37,7 +37,6 @@ from projections.governance_state import (
     VERDICT_COLUMN,
     VERDICTS,
     clipped,
-    ms_of,
 )
 from projections.governance_view import rate
 from projections.projection import STATE, Entities, Unfoldable
@@ -83,6 +82,7 @@ _WARNING, _VIOLATION = 1, 2
 _EFFECT: Final = {"match": 0, "warning": _WARNING, "violation": _VIOLATION}
 _LETTERS: Final = "abcdefghijklmnopqrstuvwx"
 """By verdict and effects: four letters a verdict, of which the last two say that it violated."""
+_DENY_LETTERS: Final = _LETTERS[4 * _DENY : 4 * _DENY + 4]
 
 _NAMING: Final = (DECISION, b"agent.role_assigned", b"agent.trust_adjusted")
 
@@ -192,21 +192,30 @@ class Agents:
 # -- folding --------------------------------------------------------------------------------------
 
 
+class _Met:
+    """An agent that a page names, with what is noted once for all of the page's decisions."""
+
+    __slots__ = ("agent", "last", "last_ms", "letters", "tier_before")
+
+    def __init__(self, agent: Agent, tier_before: str | None) -> None:
+        self.agent = agent
+        self.tier_before = tier_before
+        self.letters = ""
+        self.last: Entry | None = None
+        self.last_ms: int = agent["last_ms"]
+
+
 def _fold(state: Agent, entities: Entities, entries: Sequence[Entry]) -> dict[int, str]:
     refused: dict[int, str] = {}
     clock_ms = entries[0].recorded_ms + FUTURE_LIMIT_MS if entries else 0
-    tiers: dict[str, str | None] = {}  # of the agents that were met, before this page
-    last: dict[str, Entry] = {}
+    agents: dict[str, _Met] = {}
     for entry in entries:
         count = _COUNT.get(entry.raw_fields[1])
         if count is None:
             continue
         try:
             body = entry.memo or read(entry)
-            if body.at is None or (count is _count_decision and body.expires_at is not None):
-                ms = _ms_of(entry, body)
-            else:
-                ms = time_ms(body.at)
+            ms = _ms_of(entry, body)
         except Unfoldable as error:
             refused[entry.seq] = error.reason
             continue
@@ -215,40 +224,52 @@ def _fold(state: Agent, entities: Entities, entries: Sequence[Entry]) -> dict[in
         if ms > clock_ms and ms > entry.recorded_ms + FUTURE_LIMIT_MS:
             refused[entry.seq] = "at is more than five minutes ahead of the recorded time"
             continue
-        name = AGENT_PREFIX + body.agent.id
-        agent = entities.get(name)
-        if agent is None:
-            agent = entities[name] = _new_agent(entry)
-            tiers[name] = None
-        elif name not in last:
-            tiers[name] = tier_of(agent["trust"])
-        count(state, agent, body)
-        last[name] = entry
-        agent["last_ms"] = max(agent["last_ms"], ms)
-    for name, entry in last.items():
-        _note_last(state, entities[name], entry, tiers[name])
+        met = agents.get(body.agent.id)
+        if met is None:
+            met = agents[body.agent.id] = _meet(state, entities, entry, body.agent.id)
+        met.last = entry
+        if ms > met.last_ms:
+            met.last_ms = ms
+        count(state, met, body)
+    for met in agents.values():
+        _note_last(state, met)
     return refused
 
 
 def _ms_of(entry: Entry, body: Any) -> int:
     if type(body) is Decision and body.expires_at is not None:
         return decided_at(entry, body)[0]
-    return ms_of(entry, body)
+    return entry.recorded_ms if body.at is None else time_ms(body.at)
 
 
-def _note_last(state: Agent, agent: Agent, entry: Entry, tier_before: str | None) -> None:
-    agent["last_entry"] = entry.entry_id
+def _meet(state: Agent, entities: Entities, entry: Entry, agent_id: str) -> _Met:
+    name = AGENT_PREFIX + agent_id
+    if name in entities:
+        agent = entities[name]
+        return _Met(agent, tier_of(agent["trust"]))
+    state["agents"] += 1
+    agent = entities[name] = _new_agent(entry)
+    return _Met(agent, None)
+
+
+def _note_last(state: Agent, met: _Met) -> None:
+    agent, letters = met.agent, met.letters
+    assert met.last is not None
+    agent["last_entry"], agent["last_ms"] = met.last.entry_id, met.last_ms
+    state["decisions"] += len(letters)
+    agent["recent"] = (agent["recent"] + letters)[-RECENT_LIMIT:]
+    before_denials = letters.rstrip(_DENY_LETTERS)
+    denials = len(letters) - len(before_denials)
+    agent["denials"] = denials if before_denials else agent["denials"] + denials
     tiers, tier = state["tiers"], tier_of(agent["trust"])
-    if tier_before is None:
-        state["agents"] += 1
+    if tier != met.tier_before:
         tiers[tier] += 1
-    elif tier != tier_before:
-        tiers[tier_before] -= 1
-        tiers[tier] += 1
+        if met.tier_before is not None:
+            tiers[met.tier_before] -= 1
 
 
-def _count_decision(state: Agent, agent: Agent, body: Decision) -> None:
-    verdict, role = VERDICT_COLUMN[body.verdict], body.agent.maci_role
+def _count_decision(_state: Agent, met: _Met, body: Decision) -> None:
+    agent, verdict, role = met.agent, VERDICT_COLUMN[body.verdict], body.agent.maci_role
     effects, gravest = 0, len(SEVERITIES)
     if body.rules:
         for rule in body.rules:
@@ -256,15 +277,13 @@ def _count_decision(state: Agent, agent: Agent, body: Decision) -> None:
                 effects |= _EFFECT[rule.effect]
                 if rule.effect == "violation":
                     gravest = min(gravest, _SEVERITY.get(rule.severity, _DEFAULT_SEVERITY))
-    state["decisions"] += 1
     agent["verdicts"][verdict] += 1
-    agent["denials"] = agent["denials"] + 1 if verdict == _DENY else 0
-    agent["recent"] = (agent["recent"] + _LETTERS[4 * verdict + effects])[-RECENT_LIMIT:]
+    met.letters += _LETTERS[4 * verdict + effects]
     if role is not None and role != agent["maci_role"]:
         agent["maci_role"] = clipped(role)
     if effects:
         _count_effects(agent, effects, gravest)
-    if effects < _VIOLATION and verdict in _LET_THROUGH and agent["trust"] < TRUST.start:
+    if effects < _VIOLATION and agent["trust"] < TRUST.start and verdict in _LET_THROUGH:
         _move_trust(agent, TRUST.compliant)
 
 
@@ -280,18 +299,18 @@ def _move_trust(agent: Agent, change: int) -> None:
     agent["trust"] = min(max(agent["trust"] + change, 0), TRUST.start)
 
 
-def _assign_role(state: Agent, agent: Agent, body: AgentRoleAssigned) -> None:
+def _assign_role(state: Agent, met: _Met, body: AgentRoleAssigned) -> None:
     state["roles_assigned"] += 1
-    agent["role"] = clipped(body.role)
+    met.agent["role"] = clipped(body.role)
 
 
-def _adjust_trust(state: Agent, agent: Agent, body: AgentTrustAdjusted) -> None:
+def _adjust_trust(state: Agent, met: _Met, body: AgentTrustAdjusted) -> None:
     state["trust_adjustments"] += 1
-    agent["adjustments"] += 1
-    _move_trust(agent, round(max(-1.0, min(body.delta, 1.0)) * _MILLION))
+    met.agent["adjustments"] += 1
+    _move_trust(met.agent, round(max(-1.0, min(body.delta, 1.0)) * _MILLION))
 
 
-_Counter = Callable[[Agent, Agent, Any], None]
+_Counter = Callable[[Agent, _Met, Any], None]
 
 _COUNT: Final[dict[bytes, _Counter]] = {
     DECISION: _count_decision,

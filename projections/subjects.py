@@ -12,7 +12,7 @@ from projections.bodies import DECISION, subject_id
 
 __all__ = ["Subjects", "latest"]
 
-KEPT: Final = 1024
+KEPT: Final = 512
 """Decisions that had a follow-up, and as many that had none; up to twice as many of each."""
 
 _Key = TypeVar("_Key")
@@ -46,13 +46,14 @@ class Subjects:
         """The decision that the walk's next entry follows, recorded before it, and whether this is
         its first follow-up; None where it has to be looked up.
         """
-        decision_id = subject_id(entry)
+        body = entry.memo
+        decision_id = subject_id(entry) if body is None else body.decision_id
         if decision_id is None:
             return None, False
         key = decision_id.encode()
-        untouched = self.untouched
-        if key in untouched:
-            subject = self._touched[key] = untouched.pop(key)
+        subject = self.untouched.pop(key, None)
+        if subject is not None:
+            self._touched[key] = subject
             return subject, True
         if key in self._touched:
             return self._touched[key], False
