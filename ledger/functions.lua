@@ -330,8 +330,6 @@ end
 -- KEYS: stream, head, index. ARGV: protocol, 'client's ms, flags, epoch for a new tenant', groups.
 -- Flags: `r` the tenant's name is in the registry; `w` make an effective write in any case.
 local function append(keys, args)
-  local refusal = protocol_refusal(args[1])
-  if refusal then return refusal end
   local now = server_now_ms()
   local client_ms, flags, epoch = string.match(args[2], '^(%d+) (%a*) (%x+)$')
   if math.abs(now - tonumber(client_ms)) > CLOCK_SKEW_LIMIT_MS then
@@ -363,8 +361,6 @@ end
 -- Registers what others did to the stream, without an append. KEYS: stream, head, index.
 -- ARGV: protocol.
 local function notice(keys, args)
-  local refusal = protocol_refusal(args[1])
-  if refusal then return refusal end
   local head = read_head(keys[2])
   if not head then return refuse('LEDGERNOHEAD') end
   local notes, notes_refusal = reconcile(keys, head, server_now_ms())
@@ -391,8 +387,6 @@ end
 -- last id, ordinal, own entries, entries added, length; then, for a lost head, the runs of foreign
 -- entries: first ordinal, count, first id, last id.
 local function finish_reindex(keys, args)
-  local refusal = protocol_refusal(args[1])
-  if refusal then return refusal end
   local tail, head = read_tail(keys[1]), read_head(keys[2])
   if tail.id ~= args[3] or tail.added ~= tonumber(args[6]) or tail.length ~= tonumber(args[7]) then
     return refuse('LEDGERMOVED', tail.id)
@@ -438,8 +432,6 @@ end
 -- KEYS: leases of one tenant. ARGV: protocol, worker, lease in ms. Answers for each key the holder and
 -- how long it still holds, in ms; an empty name where it is the worker now.
 local function lease(keys, args)
-  local refusal = protocol_refusal(args[1])
-  if refusal then return refusal end
   local answers = {}
   for i, key in ipairs(keys) do
     local holder, left_ms = take_lease(key, args[2], args[3])
@@ -451,16 +443,12 @@ end
 -- Takes a lease from whoever holds it: its commits are refused from here on. KEYS: the lease. ARGV:
 -- protocol, who takes it, for how long in ms.
 local function seize(keys, args)
-  local refusal = protocol_refusal(args[1])
-  if refusal then return refusal end
   call('SET', keys[1], args[2], 'PX', args[3])
   return 1
 end
 
 -- KEYS: leases of one tenant. ARGV: protocol, worker: gives back what it holds of them.
 local function release(keys, args)
-  local refusal = protocol_refusal(args[1])
-  if refusal then return refusal end
   local released = 0
   for _, key in ipairs(keys) do
     if call('GET', key) == args[2] then released = released + call('DEL', key) end
@@ -502,8 +490,6 @@ end
 -- latest one's key, how many of the triples come first and change entities, numbers of the new one's
 -- key and of the list's, its seq; each 0 where there is none.
 local function commit(keys, args)
-  local refusal = protocol_refusal(args[1])
-  if refusal then return refusal end
   local committed = committed_at(keys[1])
   if committed ~= args[2] then return refuse('LEDGERPOSITION', committed) end
   local holder, left_ms = take_lease(keys[2], args[5], args[6])
@@ -528,8 +514,6 @@ end
 -- that the list was read with, worker, lease in ms, seq, cursor ('0' at first), how many fields to move.
 -- Answers the next call's cursor, or an empty one where nothing is left.
 local function drop_snapshot(keys, args)
-  local refusal = protocol_refusal(args[1])
-  if refusal then return refusal end
   local committed = committed_at(keys[1])
   if committed ~= args[2] then return refuse('LEDGERPOSITION', committed) end
   local holder, left_ms = take_lease(keys[2], args[3], args[4])
@@ -570,8 +554,6 @@ end
 -- fields of its version begin with in the quarantine list, who may hold the lease ('' = nobody): nothing
 -- was committed since it was taken, so what is further on is what the ledger has no more.
 local function adopt(keys, args)
-  local refusal = protocol_refusal(args[1])
-  if refusal then return refusal end
   if committed_at(keys[1]) == args[2] then return 1 end  -- our own call, whose answer was lost
   local rebuilt = committed_at(keys[2])
   if rebuilt ~= args[2] then return refuse('LEDGERPOSITION', rebuilt) end
@@ -602,8 +584,6 @@ local PUBLISHED, NOBODY_TOLD = 1, 2
 -- version, is replaced; of the same seq it has its TTL renewed. Anything else of ours only while its tail
 -- is the one that was seen: that is answered, for the caller to look whether it may be replaced.
 local function publish(keys, args)
-  local refusal = protocol_refusal(args[1])
-  if refusal then return refusal end
   local tail = redis.pcall('GETRANGE', keys[1], -ENVELOPE_TAIL_BYTES, -1)
   if type(tail) ~= 'string' then tail = '' end  -- another type of key: SET replaces it
   local there, created, epoch, seq, version = string.match(tail, ENVELOPE_TAIL)
@@ -633,8 +613,6 @@ end
 -- A ledger that went back is another one from here on. KEYS: stream, head. ARGV: protocol, the epoch that
 -- it has ('' = no head), the new one.
 local function begin_epoch(keys, args)
-  local refusal = protocol_refusal(args[1])
-  if refusal then return refusal end
   local head = read_head(keys[2])
   if not head then return refuse('LEDGERNOHEAD') end
   if head.epoch == args[3] then return 1 end  -- our own call, whose answer was lost
@@ -664,8 +642,6 @@ end
 
 -- KEYS: the memory key. ARGV: protocol, value, now as ISO 8601, metadata, TTL in s (0 = none).
 local function memory_set(keys, args)
-  local refusal = protocol_refusal(args[1])
-  if refusal then return refusal end
   local envelope = '{"value":' .. args[2] .. ',"createdAt":"' .. (created_at(keys[1]) or args[3])
     .. '","updatedAt":"' .. args[3] .. '","metadata":' .. args[4] .. '}'
   if tonumber(args[5]) > 0 then
@@ -680,15 +656,11 @@ end
 -- their place in one call. KEYS of these: stream, head, index, then the same three being imported.
 -- ARGV begins with protocol and token. Who begins later takes over: the earlier token is refused.
 local function import_refusal(keys, args)
-  local refusal = protocol_refusal(args[1])
-  if refusal then return refusal end
   if call('EXISTS', keys[1], keys[2], keys[3]) > 0 then return refuse('LEDGEREXISTS') end
   if call('HGET', keys[5], 'token') ~= args[2] then return refuse('LEDGERIMPORT') end
 end
 
 local function import_begin(keys, args)
-  local refusal = protocol_refusal(args[1])
-  if refusal then return refusal end
   if call('EXISTS', keys[1], keys[2], keys[3]) > 0 then return refuse('LEDGEREXISTS') end
   call('UNLINK', keys[4], keys[5], keys[6])
   call('HSET', keys[5], 'token', args[2])
@@ -725,11 +697,9 @@ end
 
 -- Then: epoch, last id, seq, entries, own entries, incidents.
 local function import_finish(keys, args)
-  local refusal = protocol_refusal(args[1])
-  if refusal then return refusal end
   local there = read_head(keys[2])
   if there and there.epoch == args[3] then return 1 end  -- our own call, whose answer was lost
-  refusal = import_refusal(keys, args)
+  local refusal = import_refusal(keys, args)
   if refusal then return refusal end
   local length, own = tonumber(args[6]), tonumber(args[7])
   if call('XLEN', keys[4]) ~= length then return refuse('LEDGERIMPORT') end
@@ -750,8 +720,6 @@ local function import_finish(keys, args)
 end
 
 local function import_discard(keys, args)
-  local refusal = protocol_refusal(args[1])
-  if refusal then return refusal end
   if call('HGET', keys[5], 'token') ~= args[2] then return 0 end
   return call('UNLINK', keys[4], keys[5], keys[6])
 end
@@ -759,8 +727,6 @@ end
 -- A restored tenant is not the continuation of the one it was copied from. KEYS: head. ARGV:
 -- protocol, epoch it has, epoch it gets.
 local function new_epoch(keys, args)
-  local refusal = protocol_refusal(args[1])
-  if refusal then return refusal end
   local epoch = call('HGET', keys[1], 'epoch')
   if epoch == args[3] then return 1 end  -- our own call, whose answer was lost
   if epoch ~= args[2] then return refuse('LEDGERMOVED', epoch or '') end
@@ -781,10 +747,8 @@ end
 -- committed, what is there belongs to nothing.
 local DISCARD_A_CALL = 1000  -- `unpack` fails at 8,000
 local function discard(keys, args)
-  local refusal = protocol_refusal(args[1])
-  if refusal then return refusal end
   local committed = committed_at(keys[1])
-  refusal = fence_refusal(keys, args, committed == '' and args[2] or committed)
+  local refusal = fence_refusal(keys, args, committed == '' and args[2] or committed)
   if refusal then return refusal end
   call('UNLINK', keys[1])
   for i = 3, #keys, DISCARD_A_CALL do
@@ -796,9 +760,7 @@ end
 -- Sets a mark beside what is committed. KEYS: a projection's hash, its lease. ARGV: protocol, position
 -- and build that it is about, worker, lease in ms, the mark's name, its value ('' = none).
 local function mark(keys, args)
-  local refusal = protocol_refusal(args[1])
-  if refusal then return refusal end
-  refusal = fence_refusal(keys, args, committed_at(keys[1]))
+  local refusal = fence_refusal(keys, args, committed_at(keys[1]))
   if refusal then return refusal end
   if args[6] == '' then
     call('HDEL', keys[1], args[5])
@@ -811,8 +773,6 @@ end
 -- Makes readers take a version, unless they take a later one, or one that a command has pinned. KEYS:
 -- which versions are active. ARGV: protocol, the projection's name, version.
 local function activate(keys, args)
-  local refusal = protocol_refusal(args[1])
-  if refusal then return refusal end
   local active = call('HMGET', keys[1], args[2], args[2] .. ':pinned')
   local now = tonumber(active[1] or '')
   if active[2] or (now and now >= tonumber(args[3])) then return 0 end
@@ -824,8 +784,6 @@ end
 -- sealers, and calls that are late or sent twice, leave the longest. KEYS: a log's tiles. ARGV:
 -- protocol, then for each tile its field and its hashes. A key of another type gives way.
 local function write_tiles(keys, args)
-  local refusal = protocol_refusal(args[1])
-  if refusal then return refusal end
   local kind = call('TYPE', keys[1]).ok
   if kind ~= 'hash' and kind ~= 'none' then call('UNLINK', keys[1]) end
   for i = 2, #args, 2 do
@@ -838,28 +796,34 @@ local function write_tiles(keys, args)
   return 1
 end
 
-redis.register_function('govledger_write_tiles', write_tiles)
-redis.register_function('govledger_discard', discard)
-redis.register_function('govledger_mark', mark)
-redis.register_function('govledger_activate', activate)
-redis.register_function('govledger_append', append)
-redis.register_function('govledger_notice', notice)
-redis.register_function('govledger_finish_reindex', finish_reindex)
-redis.register_function('govledger_begin_epoch', begin_epoch)
-redis.register_function('govledger_lease', lease)
-redis.register_function('govledger_release', release)
-redis.register_function('govledger_seize', seize)
-redis.register_function('govledger_commit', commit)
-redis.register_function('govledger_drop_snapshot', drop_snapshot)
-redis.register_function('govledger_adopt', adopt)
-redis.register_function('govledger_publish', publish)
-redis.register_function('govledger_memory_set', memory_set)
-redis.register_function('govledger_import_begin', import_begin)
-redis.register_function('govledger_import_incidents', import_incidents)
-redis.register_function('govledger_import_page', import_page)
-redis.register_function('govledger_import_finish', import_finish)
-redis.register_function{function_name = 'govledger_import_discard', flags = {'allow-oom'},
-  callback = import_discard}
-redis.register_function('govledger_new_epoch', new_epoch)
+-- Every function's first argument is the protocol that the client speaks.
+local function register(name, run, flags)
+  redis.register_function{function_name = name, flags = flags or {}, callback = function(keys, args)
+    return protocol_refusal(args[1]) or run(keys, args)
+  end}
+end
+
+register('govledger_append', append)
+register('govledger_notice', notice)
+register('govledger_finish_reindex', finish_reindex)
+register('govledger_begin_epoch', begin_epoch)
+register('govledger_lease', lease)
+register('govledger_release', release)
+register('govledger_seize', seize)
+register('govledger_commit', commit)
+register('govledger_drop_snapshot', drop_snapshot)
+register('govledger_adopt', adopt)
+register('govledger_publish', publish)
+register('govledger_discard', discard)
+register('govledger_mark', mark)
+register('govledger_activate', activate)
+register('govledger_memory_set', memory_set)
+register('govledger_import_begin', import_begin)
+register('govledger_import_incidents', import_incidents)
+register('govledger_import_page', import_page)
+register('govledger_import_finish', import_finish)
+register('govledger_import_discard', import_discard, {'allow-oom'})
+register('govledger_new_epoch', new_epoch)
+register('govledger_write_tiles', write_tiles)
 redis.register_function{function_name = 'govledger_version', flags = {'no-writes'},
   callback = function() return {VERSION, OLDEST_CLIENT} end}
