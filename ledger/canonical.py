@@ -20,17 +20,18 @@ from ledger.events import (
     EVENT_BYTES_LIMIT,
     ID_PATTERN,
     RECORDABLE,
+    CheckedEvent,
     EncodedEvent,
     canonical_bytes,
+    checked,
     encode,
-    encoded,
     event_from_json,
     finite_json,
     small_metadata,
     utc,
 )
 
-__all__ = ["checker", "encoded_from_json", "proven"]
+__all__ = ["checked_from_json", "checker", "proven"]
 
 _BACKSLASH: Final = 0x5C
 _DEL: Final = 0x7F
@@ -43,8 +44,8 @@ _RFC_3339: Final = re.compile(
 )
 
 
-def encoded_from_json(line: bytes) -> EncodedEvent:
-    """As `encode(event_from_json(line))`.
+def checked_from_json(line: bytes) -> CheckedEvent | EncodedEvent:
+    """What `encode` makes the same of as of `event_from_json(line)`.
 
     Raises:
         InvalidEvent: as `event_from_json`.
@@ -52,7 +53,7 @@ def encoded_from_json(line: bytes) -> EncodedEvent:
     return proven(line) or encode(event_from_json(line))
 
 
-def proven(line: bytes) -> EncodedEvent | None:
+def proven(line: bytes) -> CheckedEvent | None:
     """The event, or None where only `event_from_json` can tell whether it is one."""
     # In JSON a control character within a string is escaped, or it is DEL.
     controls = line.find(_BACKSLASH) >= 0 or line.find(_DEL) >= 0
@@ -73,7 +74,7 @@ def proven(line: bytes) -> EncodedEvent | None:
         return None  # the models say what is wrong with it, if anything is
     if len(data) > EVENT_BYTES_LIMIT:
         return None
-    return encoded(kind, fields["id"], data, at_ms)
+    return checked(kind, fields["id"], data, at_ms)
 
 
 # -- what no type of msgspec's can say -----------------------------------------------------------

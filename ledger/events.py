@@ -226,15 +226,50 @@ class EncodedEvent(NamedTuple):
         return self.packed[-_BEHIND_DATA - self.size_bytes : -_BEHIND_DATA]
 
 
-_PACKED: Final = b"$%d\r\n%b\r\n$%d\r\n%b\r\n$32\r\n%b\r\n"
-_BEHIND_DATA: Final = len(b"\r\n$32\r\n") + 32 + len(b"\r\n")
+class CheckedEvent(NamedTuple):
+    """An event that can be recorded: for who checks many before the first is sent, and hashes them
+    while others are recorded. `packed` is an `EncodedEvent`'s without the SHA-256.
+    """
+
+    type: str
+    id: str
+    packed: bytes
+    size_bytes: int
+    at_ms: int | None
+
+    @property
+    def data(self) -> bytes:
+        """What will be stored."""
+        return self.packed[-2 - self.size_bytes : -2]
+
+    def encoded(self) -> EncodedEvent:
+        """The same, to be sent."""
+        digest = sha256(self.data).digest()
+        packed = self.packed + _PACKED_DIGEST % digest
+        fields = (self.type, self.id, packed, self.size_bytes, digest, self.at_ms)
+        return tuple.__new__(EncodedEvent, fields)
+
+
+_PACKED_DATA: Final = b"$%d\r\n%b\r\n$%d\r\n%b\r\n"
+_PACKED_DIGEST: Final = b"$32\r\n%b\r\n"
+_PACKED: Final = _PACKED_DATA + _PACKED_DIGEST
+_BEHIND_DATA: Final = len(b"\r\n") + len(_PACKED_DIGEST % bytes(32))
+
+
+# What both make is `tuple.__new__`, as the constructor of a named tuple takes twice as long.
+
+
+def checked(kind: str, event_id: str, data: bytes, at_ms: int | None) -> CheckedEvent:
+    """A valid event whose canonical bytes are `data`."""
+    raw_id, size = event_id.encode(), len(data)
+    packed = _PACKED_DATA % (len(raw_id), raw_id, size, data)
+    return tuple.__new__(CheckedEvent, (kind, event_id, packed, size, at_ms))
 
 
 def encoded(kind: str, event_id: str, data: bytes, at_ms: int | None) -> EncodedEvent:
-    """An event whose canonical bytes are `data`."""
+    """The same, to be sent."""
     raw_id, digest, size = event_id.encode(), sha256(data).digest(), len(data)
     packed = _PACKED % (len(raw_id), raw_id, size, data, digest)
-    # The constructor of a named tuple takes twice as long.
     return tuple.__new__(EncodedEvent, (kind, event_id, packed, size, digest, at_ms))
 
 
@@ -455,7 +490,7 @@ _ANY_EVENT: TypeAdapter[Event] = TypeAdapter(AnyEvent)
 RECORDABLE: Final = frozenset(Event.__subclasses__())
 
 
-def encode(event: Event | EncodedEvent) -> EncodedEvent:
+def encode(event: Event | CheckedEvent | EncodedEvent) -> EncodedEvent:
     """The event's canonical bytes: sorted-key JSON of the fields that were set; made once.
 
     What is encoded already comes back as it is: `canonical` checked it.
@@ -466,6 +501,8 @@ def encode(event: Event | EncodedEvent) -> EncodedEvent:
     """
     if isinstance(event, EncodedEvent):
         return event
+    if isinstance(event, CheckedEvent):
+        return event.encoded()
     try:
         return event._encoded  # noqa: SLF001 - its slot is for this function
     except AttributeError:  # a copy, which nobody has checked; what is built is encoded at once

@@ -19,7 +19,7 @@ import orjson
 
 from ledger import errors
 from ledger.append import BATCH_EVENTS_LIMIT, Durability, Link, Receipt
-from ledger.events import EncodedEvent
+from ledger.events import CheckedEvent, EncodedEvent
 from ledger.ledger import Ledger
 from ledger.service.jsonl import KEPT_BYTES, Line, LineSplitter, Source, event_of
 from ledger.service.terminal import progress
@@ -42,6 +42,8 @@ BAD_LINES_SHOWN: Final = 10
 AHEAD_LIMIT_MS: Final = 300_000
 _LEVELS: Final = list(Durability)
 
+_Event = CheckedEvent | EncodedEvent
+
 
 @dataclass(slots=True)
 class _Group:
@@ -51,7 +53,7 @@ class _Group:
 
     tenant: str
     numbers: list[int] = field(default_factory=list)
-    events: list[EncodedEvent] = field(default_factory=list)
+    events: list[_Event] = field(default_factory=list)
     lines: list[bytes] = field(default_factory=list)
     size_bytes: int = 0
 
@@ -64,7 +66,11 @@ class _Gathering:
         self._waiting_count = 0
 
     def put(
-        self, tenant: str, number: int, event: EncodedEvent, line: bytes | None = None
+        self,
+        tenant: str,
+        number: int,
+        event: _Event,
+        line: bytes | None = None,
     ) -> Sequence[_Group]:
         """What is ready to go; `line` is kept where it is given."""
         group = self._filling.get(tenant)
@@ -208,7 +214,7 @@ class _Check:
         self._gathering = _Gathering()
         self._kept: list[_Group] | None = []
         self._kept_bytes = 0
-        self._seen: defaultdict[str, dict[str, tuple[int, bytes]]] = defaultdict(dict)
+        self._seen: defaultdict[str, dict[str, tuple[int, _Event]]] = defaultdict(dict)
         self._clock_ahead_ms = 0.0
 
     async def every_line(self, advance: Callable[[int], None]) -> None:
@@ -262,14 +268,14 @@ class _Check:
                 hint="`at` is when the engine decided, in UTC; set that machine's clock",
             )
 
-    def _keep(self, kept: list[_Group], number: int, tenant: str, event: EncodedEvent) -> None:
+    def _keep(self, kept: list[_Group], number: int, tenant: str, event: _Event) -> None:
         """Only among what is kept contradictions are found; the ledger finds the rest."""
         if full := self._gathering.put(tenant, number, event):
             kept += full
-        first, digest = self._seen[tenant].setdefault(event.id, (number, event.sha256))
-        if digest != event.sha256:
+        line, first = self._seen[tenant].setdefault(event.id, (number, event))
+        if first is not event and first.data != event.data:
             raise errors.InvalidEvent(
-                f"id: {event.id} is on line {first} too, with other content",
+                f"id: {event.id} is on line {line} too, with other content",
                 hint="a new event needs a new id",
             )
 
@@ -458,7 +464,7 @@ class _Recorder:
         self, group: _Group, expected_seq: int | None = None, link: Link | None = None
     ) -> None:
         landed = self.landed.setdefault(group.tenant, Landed(group.tenant))
-        events: Any = group.events  # `events.encode` takes what is encoded already
+        events: Any = group.events  # `events.encode` takes what is checked already
         newest_seq = landed.newest_seq
         try:
             receipts = await self._ledger.append_many(

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import IO, Final, NamedTuple
 
 from ledger import errors, keys
-from ledger.canonical import encoded_from_json, proven
-from ledger.events import EVENT_BYTES_LIMIT, EncodedEvent
+from ledger.canonical import checked_from_json, proven
+from ledger.events import EVENT_BYTES_LIMIT, CheckedEvent, EncodedEvent
 
 __all__ = ["KEPT_BYTES", "LINE_BYTES_LIMIT", "Line", "LineSplitter", "Source", "event_of"]
 
@@ -198,7 +198,7 @@ def _unreadable(name: str, error: OSError) -> errors.InvalidInput:
 # -- one line ----------------------------------------------------------------------------------
 
 
-def event_of(line: Line, tenant: str | None) -> tuple[str, EncodedEvent]:
+def event_of(line: Line, tenant: str | None) -> tuple[str, CheckedEvent | EncodedEvent]:
     """Whose event a line is, and the event.
 
     Args:
@@ -220,7 +220,7 @@ def event_of(line: Line, tenant: str | None) -> tuple[str, EncodedEvent]:
     named, raw = _split_tenant(raw)
     whose = _whose(named, tenant)
     try:
-        return whose, encoded_from_json(raw)
+        return whose, checked_from_json(raw)
     except errors.InvalidEvent as error:
         if ended or _is_json(raw):
             raise
@@ -255,7 +255,7 @@ def _split_tenant(raw: bytes) -> tuple[object, bytes]:
     try:
         fields = json.loads(raw.decode())
     except (ValueError, RecursionError):
-        return _ABSENT, raw  # encoded_from_json says what is wrong
+        return _ABSENT, raw  # checked_from_json says what is wrong
     if not isinstance(fields, dict) or "tenant" not in fields:
         return _ABSENT, raw
     return fields.pop("tenant"), json.dumps(fields).encode()
