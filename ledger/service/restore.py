@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Final, Literal, NamedTuple
 
 from ledger import errors, keys
+from ledger.durable import fsync_directory
 from ledger.embedded import is_running
 from ledger.ledger import Ledger
 from ledger.memory import iso_ms
@@ -38,13 +39,7 @@ from ledger.service.backup import (
 )
 from ledger.service.digests import fold_name
 from ledger.service.exporting import export_tenant, readable_head, record_digest
-from ledger.service.files import (
-    fsync_directory,
-    in_thread,
-    partial_path,
-    put_directory,
-    remove,
-)
+from ledger.service.files import in_thread, partial_path, put_directory, remove
 from ledger.service.importing import Cut, Imported, import_tenant
 from ledger.service.inspection import info
 from ledger.service.portable import MAGIC, ExportReader

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import BinaryIO, Final
 
 from ledger import errors, keys
+from ledger.durable import fsync_directory
 from ledger.server import Server
-from ledger.service.files import fsync_directory
 from ledger.service.inspection import config, info, server_now_ms
 from ledger.service.scratch import RDB_HEADER_BYTES, copy_with_digest, is_dump
 
