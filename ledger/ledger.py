@@ -177,11 +177,7 @@ class Ledger:
         else:
             await walk.start_after(after)
         if not walk.head.epoch:
-            raise errors.NotFound(
-                f"tenant {tenant}: nothing is recorded",
-                hint="`govledger tenants` lists who is known",
-                tenant=tenant,
-            )
+            raise errors.NotFound.nothing_of(tenant)
         if since_ms is not None and after:
             await self._later_of(walk, since_ms)
         return walk
@@ -230,6 +226,8 @@ class Ledger:
             EntriesMissing: it was recorded, and somebody deleted it.
         """
         head = await self.head(tenant)
+        if not head.seq:
+            raise errors.NotFound.nothing_of(tenant)
         if not 1 <= seq <= head.seq:
             raise errors.NotFound(
                 f"tenant {tenant}: seq {seq} is not recorded, the head is {head.seq}",

@@ -24,6 +24,7 @@ from ledger.errors import (
     InvalidInput,
     InvalidSetting,
     LedgerError,
+    NotFound,
     NotProved,
     ServerError,
     Unavailable,
@@ -206,6 +207,9 @@ async def verify(
     except NotProved as error:
         found.found(str(error.facts["reason"]), error.message)
         found.not_proved.append("anything: there is no checkpoint to compare with")
+        stream = keys.decisions(tenant)
+        if not await ledger.server.command(stream, "EXISTS", stream):
+            found.notes.append(str(NotFound.nothing_of(tenant)))
         return found
     if anchored.torn:
         found.not_proved.append(

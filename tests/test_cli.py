@@ -575,25 +575,30 @@ def test_reindex_lets_appends_in_again(valkey, tenant):
 
 # --- errors ---------------------------------------------------------------------------------------
 
+TENANTS = "`govledger tenants` lists who is known"
+
 
 @pytest.mark.parametrize(
-    ("args", "kind"),
+    ("args", "hint"),
     [
-        (("show", "{tenant}", "no-such-id"), "NotFound"),
-        (("show", "{tenant}", "--seq", "9999"), "NotFound"),
-        (("replay", "nobody-at-all"), "NotFound"),
-        (("state", "nobody-at-all"), "NotFound"),
-        (("state", "{tenant}", "--projection", "nonsense"), "NotFound"),
-        (("rebuild", "nobody-at-all"), "NotFound"),
-        (("projections", "nobody-at-all"), "NotFound"),
-        (("quarantine", "nobody-at-all"), "NotFound"),
-        (("activate", "nobody-at-all", "governance", "1"), "NotFound"),
+        (("show", "{tenant}", "9999"), "no id but a seq? govledger show {tenant} --seq 9999"),
+        (("show", "{tenant}", "--seq", "9999"), None),
+        (("show", "nobody-at-all", "no-such-id"), TENANTS),
+        (("replay", "nobody-at-all"), TENANTS),
+        (("state", "nobody-at-all"), TENANTS),
+        (("state", "{tenant}", "--projection", "nonsense"), "there is: governance, agents"),
+        (("rebuild", "nobody-at-all"), TENANTS),
+        (("reindex", "nobody-at-all"), TENANTS),
+        (("projections", "nobody-at-all"), TENANTS),
+        (("quarantine", "nobody-at-all"), TENANTS),
+        (("activate", "nobody-at-all", "governance", "1"), TENANTS),
     ],
 )
-def test_a_negative_answer_exits_with_1(shipped, args, kind):
-    """What is not there is one line of error and exit code 1."""
+def test_a_negative_answer_exits_with_1(shipped, args, hint):
+    """What is not there is one line of error, with the way on, and exit code 1."""
     done = run(shipped.url, *(arg.format(tenant=shipped.tenant) for arg in args), "--json")
-    assert (done.code, done.out, done.error["error"]) == (1, "", kind)
+    assert (done.code, done.out, done.error["error"]) == (1, "", "NotFound")
+    assert done.error["hint"] == (hint and hint.format(tenant=shipped.tenant))
 
 
 def test_a_missing_server_exits_with_3():

@@ -22,6 +22,7 @@ from ledger.service.command import (
     app,
     connect,
     example,
+    known,
     moment,
     print_json,
     print_lines,
@@ -502,6 +503,7 @@ def prove(
         options: dict[str, Any] = {"key": trusted, "anchor": kept}
         proof: Proof
         async with connect(url) as ledger:
+            await known(ledger, tenant)
             if continues is not None:
                 old = _read_checkpoint(continues)
                 proof = await proving.prove_consistency(ledger, tenant, old, **options)

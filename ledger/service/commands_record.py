@@ -24,6 +24,7 @@ from ledger.service.command import (
     app,
     connect,
     example,
+    known,
     moment,
     print_json,
     print_lines,
@@ -278,6 +279,8 @@ def follow(
 
     async def work() -> None:
         async with connect(url) as ledger:
+            if not (await ledger.head(tenant)).seq:  # it may come, or the name is misspelt
+                terminal.say(f"warning: {errors.NotFound.nothing_of(tenant)}; waiting for it")
             entries = ledger.follow(tenant, after=after)
             await _print_entries(entries, types, limit, as_json=as_json, at_once=True)
 
@@ -340,7 +343,7 @@ def show(
 
         async with connect(url) as ledger:
             if event_id is not None:
-                entry = await ledger.get(tenant, event_id)
+                entry = await _by_id(ledger, tenant, event_id)
             elif seq is not None:
                 entry = await ledger.get_seq(tenant, seq)
         if as_json:
@@ -349,6 +352,16 @@ def show(
             print_lines(*entry_lines(entry))
 
     terminal.run(work())
+
+
+async def _by_id(ledger: Ledger, tenant: str, event_id: str) -> Entry:
+    try:
+        return await ledger.get(tenant, event_id)
+    except errors.NotFound as error:
+        await known(ledger, tenant)
+        if event_id.isascii() and event_id.isdigit():
+            error.hint = f"no id but a seq? govledger show {tenant} --seq {event_id}"
+        raise
 
 
 # -- tenants -----------------------------------------------------------------------------------

@@ -95,9 +95,7 @@ async def stream_head(server: Server, tenant: str) -> StreamHead:
     keys.checked_tenant(tenant)
     head = await readable_head(server, tenant)
     if not head.epoch:
-        raise errors.NotFound(
-            f"tenant {tenant}: nothing is recorded", hint="`govledger tenants` lists who is known"
-        )
+        raise errors.NotFound.nothing_of(tenant)
     on = (keys.decisions(tenant), keys.head(tenant), keys.index(tenant))
     try:
         await notice(server, tenant, on)
