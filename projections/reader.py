@@ -375,7 +375,7 @@ class StateReader:
         if not head.seq:
             return errors.NotFound.nothing_of(tenant)
         return errors.NotFound(
-            f"tenant {tenant}: {head.seq} entries are recorded, and {projection} has folded none",
+            f"tenant {tenant}: recorded to seq {head.seq}, and {projection} has folded none of it",
             hint="is a projector running? `govledger project --once` folds what there is",
         )
 

@@ -29,6 +29,7 @@ from ledger.service.command import (
     usage,
 )
 from ledger.service.files import create_file, refuse_existing
+from ledger.wording import counted
 
 if TYPE_CHECKING:
     from ledger.note import VerifierKey
@@ -346,7 +347,7 @@ def _print_sealed(done: list[Sealed], *, as_json: bool) -> None:
         by = f", cosigned by {', '.join(one.witnesses)}" if one.witnesses else ""
         waiting = "; the last 5 s wait, as this server does not fsync each append"
         print_lines(
-            f"{one.tenant}: {one.entries} new entries sealed, {size} in all{by}"
+            f"{one.tenant}: {counted(one.entries, 'new entry')} sealed, {size} in all{by}"
             f"{waiting if one.waiting else ''}"
         )
 
@@ -429,7 +430,8 @@ def _print_verification(found: Verification, *, as_json: bool) -> None:
         lines.append(
             f"{found.tenant}: PROVED: seq 1 to {found.sealed} are what was sealed as {found.origin}"
         )
-        lines.append(f"  {found.checkpoints} signed checkpoints fit; the last: {b64(found.root)}")
+        compared = counted(found.checkpoints, "signed checkpoint")
+        lines.append(f"  compared with {compared}; the last: {b64(found.root)}")
         lines += [f"  cosigned by {who} at {_time(at)}" for who, at in found.witnessed.items()]
     else:
         lines.append(f"{found.tenant}: NOT PROVED, log {found.origin}")

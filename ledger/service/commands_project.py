@@ -28,6 +28,7 @@ from ledger.service.command import (
     print_lines,
     usage,
 )
+from ledger.wording import counted
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -252,7 +253,7 @@ def rebuild(
                 if as_json:
                     print_json({"tenant": tenant, "projection": name, "folded": count})
                 else:
-                    print_lines(f"{tenant}: {name} folded anew, {count} entries")
+                    print_lines(f"{tenant}: {name} folded anew, {counted(count, 'entry')}")
 
     terminal.run(work())
 
@@ -272,7 +273,7 @@ def reindex(tenant: TenantName, *, url: Url = None, as_json: Json = False) -> No
         if as_json:
             print_json({"tenant": tenant, "indexed": count})
         else:
-            print_lines(f"{tenant}: {count} entries indexed")
+            print_lines(f"{tenant}: {counted(count, 'entry')} indexed")
 
     terminal.run(work())
 
@@ -357,7 +358,8 @@ def quarantine(
             if accept:
                 accepted = await store.accept_quarantined(accept)
                 if accepted < len(set(accept)):
-                    terminal.say(f"warning: {len(set(accept)) - accepted} of them are not there")
+                    absent = len(set(accept)) - accepted
+                    terminal.say(f"warning: {absent} of {len(set(accept))} not in quarantine")
             found = await store.quarantined()
         if as_json:
             for seq, reason in found.items():

@@ -30,6 +30,7 @@ from ledger.service.command import (
     print_lines,
     usage,
 )
+from ledger.wording import counted
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -192,9 +193,9 @@ def _print_landed(
         if as_json:
             print_json(asdict(one) | ({} if rejected is None else {"rejected": rejected}))
         elif one.count:
+            told = f"{counted(one.count, 'event')} ({counted(one.duplicates, 'duplicate')})"
             print_lines(
-                f"{one.tenant}: {one.count} events, {one.duplicates} of them duplicates, "
-                f"seq {one.first_seq} to {one.last_seq}, {one.durability}"
+                f"{one.tenant}: {told}, seq {one.first_seq} to {one.last_seq}, {one.durability}"
             )
         else:
             print_lines(f"{one.tenant}: no events")

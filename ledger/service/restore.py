@@ -55,6 +55,7 @@ from ledger.service.scratch import (
 )
 from ledger.service.unknown_folds import forget_unknown_folds
 from ledger.stream import Head, split_id
+from ledger.wording import counted
 from projections import Projector
 from projections.store import FoldStore
 
@@ -485,9 +486,9 @@ def _check_stated(
     if not same:
         raise _not_as_stated(
             stated.tenant,
-            f"seq {head.seq}, {count} entries, digest {sha256[:16]} in epoch {head.epoch} against "
-            f"seq {stated.seq}, {stated.entries}, {str(stated.records_sha256)[:16]} in "
-            f"{stated.epoch}",
+            f"seq {head.seq}, {counted(count, 'entry')}, digest {sha256[:16]} in epoch "
+            f"{head.epoch} against seq {stated.seq}, {stated.entries}, "
+            f"{str(stated.records_sha256)[:16]} in {stated.epoch}",
         )
 
 
