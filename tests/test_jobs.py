@@ -148,7 +148,7 @@ async def test_ids_that_are_all_taken_fail_loudly_and_alone(ledger, tenant):
     await ledger.append_many(tenant, [escalation(name) for name in names])
     await Projector(ledger).run_once()
     expiry = Expiry(ledger)
-    with pytest.raises(errors.JobFailed, match=f"1 of 1 tenants.*{tenant}") as caught:
+    with pytest.raises(errors.JobFailed, match=f"1 of 1 tenant failed.*{tenant}") as caught:
         await expiry.run()
     assert caught.value.facts["expired"] == len(names) - 1
     assert len(await entries(ledger, tenant, "escalation.resolved")) == len(names) - 1
