@@ -213,8 +213,12 @@ class Ledger:
         """
         entry = await find_by_id(self.server, keys.checked_tenant(tenant), event_id)
         if entry is None:
+            is_number = event_id.isascii() and event_id.isdigit()
             raise errors.NotFound(
-                f"tenant {tenant}: no event has the id {event_id!r}", tenant=tenant, id=event_id
+                f"tenant {tenant}: no event has the id {event_id!r}",
+                hint=f"is it a seq? --seq {event_id}, or `get_seq`" if is_number else None,
+                tenant=tenant,
+                id=event_id,
             )
         return entry
 

@@ -29,6 +29,7 @@ from ledger.service.command import moment
 from ledger.service.jsonl import LINE_BYTES_LIMIT, Line, LineSplitter, Source, event_of
 from ledger.service.render import entry_json, entry_text, time_text
 from ledger.stream import Entry
+from ledger.wording import counted
 from tests.commands import GOVLEDGER, environment, run
 from tests.servers import new_tenant, wait_until
 
@@ -512,6 +513,15 @@ def test_tenants_lists_heads(shipped):
     ]
 
 
+def test_counts_read_as_english():
+    """One of a thing has no plural, and only a consonant before the `y` changes it."""
+    nouns = ("entry", "key", "later one")
+    assert [counted(1, noun) for noun in nouns] == ["1 entry", "1 key", "1 later one"]
+    assert [counted(n, noun) for n, noun in enumerate(nouns, 2)] == [
+        *("2 entries", "3 keys", "4 later ones")
+    ]
+
+
 def test_text_for_people_cannot_steer_their_terminal():
     """What anybody recorded is shown without control characters."""
     event = decision("x", action={"type": "\x1b]0;owned\x07\u202e\x9b31m"})
@@ -581,7 +591,7 @@ TENANTS = "`govledger tenants` lists who is known"
 @pytest.mark.parametrize(
     ("args", "hint"),
     [
-        (("show", "{tenant}", "9999"), "no id but a seq? govledger show {tenant} --seq 9999"),
+        (("show", "{tenant}", "9999"), "is it a seq? --seq 9999, or `get_seq`"),
         (("show", "{tenant}", "--seq", "9999"), None),
         (("show", "nobody-at-all", "no-such-id"), TENANTS),
         (("replay", "nobody-at-all"), TENANTS),
@@ -769,7 +779,7 @@ def test_state_of_the_past(valkey, tenant):
         assert (found["seq"], found["source"], found["behind"]) == (total, "folded", None)
         assert found["value"]["decisions"]["total"] == total
     people = run(valkey.url, "state", tenant, "--as-of", "2").out
-    assert "@1, as of seq 2, folded for you; the ledger is at seq 3\n" in people
+    assert "@1, as of seq 2; the ledger is at seq 3\n" in people
     assert run(valkey.url, "state", tenant, "--as-of", "2001-01-01").code == 1
     assert run(valkey.url, "state", tenant, "--as-of", "yesterday").code == 2
     assert run(valkey.url, "state", tenant, "--as-of", "1", "--wait-for", "1").code == 2

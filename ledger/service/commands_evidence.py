@@ -104,7 +104,8 @@ def _verifier_key(text: str | None) -> VerifierKey:
         key: VerifierKey = _signing_key(None).verifier()
     except errors.InvalidSetting:
         raise errors.InvalidInput(
-            "--key is missing: whom to believe", hint="govledger keys show prints it to its owner"
+            "--key is missing: whom to believe",
+            hint="`govledger keys show` prints it to the key's owner",
         ) from None
     return key
 

@@ -359,7 +359,7 @@ def quarantine(
                 accepted = await store.accept_quarantined(accept)
                 if accepted < len(set(accept)):
                     absent = len(set(accept)) - accepted
-                    terminal.say(f"warning: {absent} of {len(set(accept))} not in quarantine")
+                    terminal.say(f"warning: not in quarantine: {absent} of {len(set(accept))}")
             found = await store.quarantined()
         if as_json:
             for seq, reason in found.items():

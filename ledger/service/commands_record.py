@@ -343,8 +343,9 @@ def show(
         from ledger.service.render import entry_json, entry_lines
 
         async with connect(url) as ledger:
+            await known(ledger, tenant)
             if event_id is not None:
-                entry = await _by_id(ledger, tenant, event_id)
+                entry = await ledger.get(tenant, event_id)
             elif seq is not None:
                 entry = await ledger.get_seq(tenant, seq)
         if as_json:
@@ -353,16 +354,6 @@ def show(
             print_lines(*entry_lines(entry))
 
     terminal.run(work())
-
-
-async def _by_id(ledger: Ledger, tenant: str, event_id: str) -> Entry:
-    try:
-        return await ledger.get(tenant, event_id)
-    except errors.NotFound as error:
-        await known(ledger, tenant)
-        if event_id.isascii() and event_id.isdigit():
-            error.hint = f"no id but a seq? govledger show {tenant} --seq {event_id}"
-        raise
 
 
 # -- tenants -----------------------------------------------------------------------------------

@@ -7,12 +7,12 @@ from datetime import UTC, datetime, timedelta
 from typing import Final
 
 from ledger.service.cleanup import IMPORT_LIMIT_S
-from ledger.service.doctor_result import Result, shown, unknown
+from ledger.service.doctor_result import Result, unknown
 from ledger.service.doctor_seen import Seen
 from ledger.service.runs import is_gone
 from ledger.service.scheduler import latest_slot
 from ledger.settings import JobName
-from ledger.wording import counted
+from ledger.wording import counted, shown
 
 __all__ = ["LEDGER_CHECKS"]
 

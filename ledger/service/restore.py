@@ -55,7 +55,7 @@ from ledger.service.scratch import (
 )
 from ledger.service.unknown_folds import forget_unknown_folds
 from ledger.stream import Head, split_id
-from ledger.wording import counted
+from ledger.wording import counted, shown
 from projections import Projector
 from projections.store import FoldStore
 
@@ -163,7 +163,10 @@ def make_plan(source: Path, into: Path, target: Target) -> Plan:
     source, into = source.expanduser().absolute(), into.expanduser().absolute()
     _check_into(into)
     if not source.exists():
-        raise errors.InvalidInput(f"{source}: there is no such file or directory")
+        raise errors.InvalidInput(
+            f"{source}: there is no such file or directory",
+            hint="name what `govledger backup` or `export-ledger` wrote, or a dump.rdb",
+        )
     plan = (
         _plan_directory(source, into, target)
         if source.is_dir()
@@ -300,13 +303,20 @@ def _check_target(plan: Plan) -> None:
         if not plan.tenants and plan.dump:
             continue  # known when it is loaded
         if tenant not in known:
-            raise errors.InvalidInput(f"to-seq: the backup has no tenant {tenant}")
+            raise _no_such_tenant(tenant, list(known))
         exact = plan.verified or plan.kind == "logical"
         if exact and not 1 <= seq <= known[tenant].seq:
             raise errors.InvalidInput(
                 f"to-seq: {tenant} goes from seq 1 to {known[tenant].seq} in this backup, not to "
                 f"{seq}"
             )
+
+
+def _no_such_tenant(tenant: str, names: Sequence[str]) -> errors.InvalidInput:
+    there = shown(names) or "none"
+    return errors.InvalidInput(
+        f"to-seq: the backup has no tenant {tenant}", hint=f"there is: {there}"
+    )
 
 
 def _check_begun(to: Target, tenants: Sequence[PlannedTenant]) -> None:
@@ -524,7 +534,7 @@ async def _exported(plan: Plan, partial: Path, say: Say) -> list[PlannedTenant]:
         await _check_databases(scratch.server, plan, tenants)
         for tenant in plan.target.to_seq:
             if tenant not in tenants:
-                raise errors.InvalidInput(f"to-seq: the backup has no tenant {tenant}")
+                raise _no_such_tenant(tenant, tenants)
         for place, tenant in enumerate(tenants):
             path = export_path(partial, place, tenant)
             path.parent.mkdir(exist_ok=True)

@@ -97,7 +97,7 @@ def status_row(one: Status) -> tuple[object, ...]:
 
 def _stands(found: PublishedState, head: Head) -> str:
     if found.source == PAST:
-        return f"as of seq {found.seq}, folded for you; the ledger is at seq {head.seq}"
+        return f"as of seq {found.seq}; the ledger is at seq {head.seq}"
     behind = _behind(found, head)
     stands = f"{counted(behind, 'entry')} behind" if behind else "up to date"
     if behind is None:
