@@ -284,6 +284,9 @@ def _check_witnesses(found: Verification, note: Note, witnesses: Sequence[Verifi
 def _say_what_is_not_proved(found: Verification) -> None:
     unsealed = found.entries - found.sealed
     if found.anchor is None:
+        found.notes.append(
+            "no anchor was named (--anchor, GOVLEDGER_ANCHOR): only copies in Redis were compared"
+        )
         found.not_proved += [
             (
                 "that nothing was cut off: an earlier state of Redis, with its checkpoints, looks "
