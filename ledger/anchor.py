@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import BinaryIO, ClassVar, Final, NamedTuple
 from urllib.parse import quote, unquote
 
+from ledger.durable import fsync_directory
 from ledger.errors import InvalidInput, InvalidSetting, NotProved
 from ledger.note import MAX_NOTE_BYTES, Checkpoint, Handover, Note, VerifierKey, signers
 from ledger.regular import open_regular, regular_only
@@ -288,7 +289,7 @@ class AnchorFile:
         with open(self.path, "a+b", opener=regular_only) as stream:
             fcntl.flock(stream, fcntl.LOCK_EX)
             if is_new:
-                _fsync_directory(self.directory)
+                fsync_directory(self.directory)
             yield stream
 
     @contextmanager
@@ -360,11 +361,3 @@ def _lines(stream: BinaryIO) -> Iterator[bytes]:
         if len(line) == MAX_NOTE_BYTES:  # it may have no end
             raise NotProved("a line of the anchor is too long", reason="malformed")
         yield line
-
-
-def _fsync_directory(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -49,6 +49,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 from urllib.parse import quote
 
+from ledger.durable import fsync_directory
 from ledger.errors import EmbeddedServerError, InvalidSetting, ServerInUse
 
 if sys.platform != "win32":
@@ -380,11 +381,7 @@ def _create_directory(directory: Path) -> None:
         aof_dir.mkdir(mode=0o700, exist_ok=True)
         missing.insert(0, aof_dir)
     for path in missing:
-        parent_fd = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(parent_fd)
-        finally:
-            os.close(parent_fd)
+        fsync_directory(path.parent)
 
 
 def _socket_path(directory: Path) -> Path:

@@ -280,6 +280,15 @@ class SnapshotFailed(JobFailed):
 class NotFound(LedgerError, LookupError):
     """There is no such tenant, entry or state."""
 
+    @classmethod
+    def nothing_of(cls, tenant: str) -> NotFound:
+        """Of a tenant that has no entries."""
+        return cls(
+            f"tenant {tenant}: nothing is recorded",
+            hint="`govledger tenants` lists who is known",
+            tenant=tenant,
+        )
+
 
 class NotProved(LedgerError):
     """The evidence does not prove what was asked; `facts` has `reason`, one short word or two."""

@@ -6,6 +6,7 @@ import os
 import stat
 from pathlib import Path
 
+from ledger.durable import fsync_directory
 from ledger.errors import InvalidInput, InvalidSetting, UnsafeKey
 from ledger.note import SigningKey
 from ledger.regular import open_regular
@@ -33,11 +34,7 @@ def write_key(path: Path, key: SigningKey) -> None:
         file.write(f"{key.encode()}\n")
         file.flush()
         os.fsync(file.fileno())
-    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(directory)  # the name too: what it signed would outlive it
-    finally:
-        os.close(directory)
+    fsync_directory(path.parent)  # the name too: what it signed would outlive it
 
 
 def read_key(path: Path) -> SigningKey:

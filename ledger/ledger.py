@@ -177,11 +177,7 @@ class Ledger:
         else:
             await walk.start_after(after)
         if not walk.head.epoch:
-            raise errors.NotFound(
-                f"tenant {tenant}: nothing is recorded",
-                hint="`govledger tenants` lists who is known",
-                tenant=tenant,
-            )
+            raise errors.NotFound.nothing_of(tenant)
         if since_ms is not None and after:
             await self._later_of(walk, since_ms)
         return walk
@@ -217,8 +213,12 @@ class Ledger:
         """
         entry = await find_by_id(self.server, keys.checked_tenant(tenant), event_id)
         if entry is None:
+            is_number = event_id.isascii() and event_id.isdigit()
             raise errors.NotFound(
-                f"tenant {tenant}: no event has the id {event_id!r}", tenant=tenant, id=event_id
+                f"tenant {tenant}: no event has the id {event_id!r}",
+                hint=f"is it a seq? --seq {event_id}, or `get_seq`" if is_number else None,
+                tenant=tenant,
+                id=event_id,
             )
         return entry
 
@@ -230,6 +230,8 @@ class Ledger:
             EntriesMissing: it was recorded, and somebody deleted it.
         """
         head = await self.head(tenant)
+        if not head.seq:
+            raise errors.NotFound.nothing_of(tenant)
         if not 1 <= seq <= head.seq:
             raise errors.NotFound(
                 f"tenant {tenant}: seq {seq} is not recorded, the head is {head.seq}",

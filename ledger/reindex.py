@@ -40,7 +40,7 @@ async def reindex(
     stream, rebuilt = keys.decisions(tenant), keys.index_rebuild(tenant)
     on = (stream, keys.head(tenant), keys.index(tenant))
     if not await server.command(stream, "EXISTS", *on):
-        raise errors.NotFound(f"tenant {tenant}: there is no stream {stream}", tenant=tenant)
+        raise errors.NotFound.nothing_of(tenant)
     for _ in range(_ATTEMPTS):
         await server.command(rebuilt, "UNLINK", rebuilt)
         try:

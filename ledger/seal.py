@@ -232,7 +232,7 @@ class Sealer:
                 reason="rolled-back",
             ) from None
         if not walk.head.epoch:
-            raise errors.NotFound(f"tenant {tenant}: nothing is recorded", tenant=tenant)
+            raise errors.NotFound.nothing_of(tenant)
         tiles = Tiles(self.server, tenant, origin)
         hashed = leaf_hasher(origin)
         tree = await tiles.tree(sealed.size)

@@ -147,6 +147,7 @@ def load_settings(**overrides: object) -> Settings:
         raise InvalidSetting(f"{name}: is no JSON", hint="see README, Settings") from None
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
-        name = ".".join(str(part) for part in first["loc"]).upper()
+        variable, *within = (str(part) for part in first["loc"] if part != "[key]")
+        name = ".".join([variable.upper(), *within])
         told = first["msg"].removeprefix("Value error, ")
         raise InvalidSetting(f"{name}: {told}", hint="see README, Settings") from None

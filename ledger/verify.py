@@ -24,6 +24,7 @@ from ledger.errors import (
     InvalidInput,
     InvalidSetting,
     LedgerError,
+    NotFound,
     NotProved,
     ServerError,
     Unavailable,
@@ -36,6 +37,7 @@ from ledger.server import Server
 from ledger.stream import Incident, raw_pages, read_head, read_incidents, split_id
 from ledger.tiles import Tiles, partial_rows
 from ledger.witness import WitnessClient
+from ledger.wording import counted
 
 __all__ = ["Finding", "Verification", "latest_checkpoint", "read_anchor", "verify"]
 
@@ -206,6 +208,9 @@ async def verify(
     except NotProved as error:
         found.found(str(error.facts["reason"]), error.message)
         found.not_proved.append("anything: there is no checkpoint to compare with")
+        stream = keys.decisions(tenant)
+        if not await ledger.server.command(stream, "EXISTS", stream):
+            found.notes.append(str(NotFound.nothing_of(tenant)))
         return found
     if anchored.torn:
         found.not_proved.append(
@@ -279,6 +284,9 @@ def _check_witnesses(found: Verification, note: Note, witnesses: Sequence[Verifi
 def _say_what_is_not_proved(found: Verification) -> None:
     unsealed = found.entries - found.sealed
     if found.anchor is None:
+        found.notes.append(
+            "no anchor was named (--anchor, GOVLEDGER_ANCHOR): only copies in Redis were compared"
+        )
         found.not_proved += [
             (
                 "that nothing was cut off: an earlier state of Redis, with its checkpoints, looks "
@@ -488,7 +496,9 @@ class _Run:
     async def _cut_off(self, anchored: _Anchored) -> None:
         found, size = self.found, anchored.last.size
         if not found.entries:
-            found.found("empty", f"the stream is empty or gone; the anchor has {size} entries", 1)
+            found.found(
+                "empty", f"the stream is empty or gone; the anchor has {counted(size, 'entry')}", 1
+            )
             return
         if await self._tiles_lead_to(anchored.last) and await self._locate_by_tiles(anchored.last):
             return
@@ -585,7 +595,8 @@ class _Run:
             return "reordered", f"seq {seq} stands in another place", seq
         if known[0] in following:
             count = following.index(known[0])
-            return "inserted", f"{count} entries stand where seq {seq} was: {shown} on", seq
+            told = f"{counted(count, 'entry')} put in where seq {seq} was: {shown} on"
+            return "inserted", told, seq
         time_ms, _ = split_id(raw_id)
         if self.hashed(b"%d-%d" % (time_ms, seq), fields) == known[0]:
             return "renumbered", f"seq {seq} has the id {shown} instead of {time_ms}-{seq}", seq

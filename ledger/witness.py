@@ -19,6 +19,7 @@ from typing import Final, NamedTuple
 from urllib.parse import urlsplit
 
 from ledger import keys
+from ledger.durable import fsync_directory
 from ledger.errors import (
     InvalidInput,
     InvalidSetting,
@@ -177,11 +178,7 @@ def _replace(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
-    handle = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    fsync_directory(path.parent)
 
 
 # -- the client --------------------------------------------------------------------------------

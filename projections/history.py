@@ -91,6 +91,8 @@ async def _folded(
     else:
         await walk.start_after(0)
     last = min(as_of, walk.head.seq) if isinstance(as_of, int) else walk.head.seq
+    if not walk.head.seq:
+        raise errors.NotFound.nothing_of(tenant)
     if isinstance(as_of, int) and not 1 <= as_of <= walk.head.seq:
         raise errors.NotFound(
             f"tenant {tenant}: seq {as_of} is not recorded, the head is {walk.head.seq}",
@@ -109,9 +111,7 @@ async def _folded(
                 break
     if position is None:
         raise errors.NotFound(
-            f"tenant {tenant}: nothing was recorded by {as_of}"
-            if walk.head.seq
-            else f"tenant {tenant}: nothing is recorded",
+            f"tenant {tenant}: nothing was recorded by {as_of}",
             hint="`govledger replay` shows when its first entry was recorded",
             tenant=tenant,
         )

@@ -39,7 +39,8 @@ def lease_held(tenant: str, name: str, holder: str, left_ms: int) -> errors.Leas
     """What a worker that is not the holder is told."""
     return errors.LeaseHeld(
         f"tenant {tenant}: {name} is folded by {holder}, for another {left_ms} ms at least",
-        hint="it goes on from what that worker commits",
+        hint="one worker at a time folds or rebuilds it: try again when that one is done; a dead "
+        f"one's lease ends by itself, {LEASE_MS // 1000} s after its last step",
         tenant=tenant,
         holder=holder,
         left_ms=left_ms,

@@ -373,12 +373,9 @@ class StateReader:
     async def _nothing(self, tenant: str, projection: str) -> errors.NotFound:
         head = await self._ledger.head(tenant)
         if not head.seq:
-            return errors.NotFound(
-                f"tenant {tenant}: nothing is recorded",
-                hint="`govledger tenants` lists who is known",
-            )
+            return errors.NotFound.nothing_of(tenant)
         return errors.NotFound(
-            f"tenant {tenant}: {head.seq} entries are recorded, and {projection} has folded none",
+            f"tenant {tenant}: recorded to seq {head.seq}, and {projection} has folded none of it",
             hint="is a projector running? `govledger project --once` folds what there is",
         )
 

@@ -16,7 +16,7 @@ from ledger.stream import Head, Position, head_command, parse_head, split_id
 from projections.projection import Projection
 from projections.store import FoldStore, Standing
 
-__all__ = ["Status", "committed_position", "first_recorded_ms", "statuses"]
+__all__ = ["Status", "committed_position", "first_recorded_ms", "statuses", "unfolded"]
 
 TENANTS_A_CALL: Final = 200
 DAMAGED: Final = b"damaged"
@@ -75,6 +75,8 @@ async def _some(
         found.append(status)
         if status.lag_entries:
             after = status.position.entry_id if status.position else None
+            if status.lag_entries == status.head_seq:  # what was folded is of another epoch
+                after = None
             behind.append((len(found) - 1, store.tenant, after))
     firsts = await first_recorded_ms(server, [(tenant, after) for _, tenant, after in behind])
     for (at, _, _), recorded_ms in zip(behind, firsts, strict=True):
@@ -114,6 +116,12 @@ def committed_position(raw: bytes | None) -> Position | None:
     return found
 
 
+def unfolded(head: Head, folded: Position | None) -> int:
+    """Entries that are recorded and not folded: all of them where the fold is of another epoch."""
+    same = folded is not None and folded.epoch == head.epoch
+    return max(0, head.seq - (folded.seq if folded and same else 0))
+
+
 def _status(store: FoldStore, head_reply: Any, replies: Sequence[Any]) -> Status:
     standing, (raw, stopped), holder, quarantined = replies
     position = None
@@ -133,7 +141,7 @@ def _status(store: FoldStore, head_reply: Any, replies: Sequence[Any]) -> Status
         standing=store.standing_of(standing),
         position=position,
         head_seq=head.seq,
-        lag_entries=max(0, head.seq - (position.seq if position else 0)),
+        lag_entries=unfolded(head, position),
         lag_seconds=0.0,
         worker=holder.decode(errors="replace") if holder else None,
         quarantined=sum(field.startswith(prefix) for field in quarantined),

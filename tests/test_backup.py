@@ -780,7 +780,7 @@ async def test_a_point_in_time_that_is_not_there_is_refused(small, tmp_path):
         (Target(to_ms=taken_ms + 1), "after the backup"),
         (Target(to_seq={"acgs-dev": 11}), "seq 1 to 10"),
         (Target(to_seq={"acgs-dev": 0}), "seq 1 to 10"),
-        (Target(to_seq={"nobody": 1}), "no tenant nobody"),
+        (Target(to_seq={"nobody": 1}), "no tenant nobody .there is: acgs-dev"),
     ):
         with pytest.raises(errors.InvalidInput, match=match):
             make_plan(small, tmp_path / "d", target)

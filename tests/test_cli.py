@@ -29,6 +29,7 @@ from ledger.service.command import moment
 from ledger.service.jsonl import LINE_BYTES_LIMIT, Line, LineSplitter, Source, event_of
 from ledger.service.render import entry_json, entry_text, time_text
 from ledger.stream import Entry
+from ledger.wording import counted
 from tests.commands import GOVLEDGER, environment, run
 from tests.servers import new_tenant, wait_until
 
@@ -98,8 +99,8 @@ def test_append_twice_adds_nothing(server, tenant, tmp_path):
     file.write_bytes(decisions(450))
     first = run(server.url, "append", tenant, file)
     again = run(server.url, "append", tenant, file)
-    assert first.out == f"{tenant}: 450 events, 0 of them duplicates, seq 1 to 450, fsynced\n"
-    assert again.out == f"{tenant}: 450 events, 450 of them duplicates, seq 1 to 450, fsynced\n"
+    assert first.out == f"{tenant}: 450 events (0 duplicates), seq 1 to 450, fsynced\n"
+    assert again.out == f"{tenant}: 450 events (450 duplicates), seq 1 to 450, fsynced\n"
     assert (first.code, again.code, first.err, again.err) == (0, 0, "", "")
     assert recorded(server, tenant) == 450
 
@@ -512,6 +513,15 @@ def test_tenants_lists_heads(shipped):
     ]
 
 
+def test_counts_read_as_english():
+    """One of a thing has no plural, and only a consonant before the `y` changes it."""
+    nouns = ("entry", "key", "later one")
+    assert [counted(1, noun) for noun in nouns] == ["1 entry", "1 key", "1 later one"]
+    assert [counted(n, noun) for n, noun in enumerate(nouns, 2)] == [
+        *("2 entries", "3 keys", "4 later ones")
+    ]
+
+
 def test_text_for_people_cannot_steer_their_terminal():
     """What anybody recorded is shown without control characters."""
     event = decision("x", action={"type": "\x1b]0;owned\x07\u202e\x9b31m"})
@@ -575,25 +585,30 @@ def test_reindex_lets_appends_in_again(valkey, tenant):
 
 # --- errors ---------------------------------------------------------------------------------------
 
+TENANTS = "`govledger tenants` lists who is known"
+
 
 @pytest.mark.parametrize(
-    ("args", "kind"),
+    ("args", "hint"),
     [
-        (("show", "{tenant}", "no-such-id"), "NotFound"),
-        (("show", "{tenant}", "--seq", "9999"), "NotFound"),
-        (("replay", "nobody-at-all"), "NotFound"),
-        (("state", "nobody-at-all"), "NotFound"),
-        (("state", "{tenant}", "--projection", "nonsense"), "NotFound"),
-        (("rebuild", "nobody-at-all"), "NotFound"),
-        (("projections", "nobody-at-all"), "NotFound"),
-        (("quarantine", "nobody-at-all"), "NotFound"),
-        (("activate", "nobody-at-all", "governance", "1"), "NotFound"),
+        (("show", "{tenant}", "9999"), "is it a seq? --seq 9999, or `get_seq`"),
+        (("show", "{tenant}", "--seq", "9999"), None),
+        (("show", "nobody-at-all", "no-such-id"), TENANTS),
+        (("replay", "nobody-at-all"), TENANTS),
+        (("state", "nobody-at-all"), TENANTS),
+        (("state", "{tenant}", "--projection", "nonsense"), "there is: governance, agents"),
+        (("rebuild", "nobody-at-all"), TENANTS),
+        (("reindex", "nobody-at-all"), TENANTS),
+        (("projections", "nobody-at-all"), TENANTS),
+        (("quarantine", "nobody-at-all"), TENANTS),
+        (("activate", "nobody-at-all", "governance", "1"), TENANTS),
     ],
 )
-def test_a_negative_answer_exits_with_1(shipped, args, kind):
-    """What is not there is one line of error and exit code 1."""
+def test_a_negative_answer_exits_with_1(shipped, args, hint):
+    """What is not there is one line of error, with the way on, and exit code 1."""
     done = run(shipped.url, *(arg.format(tenant=shipped.tenant) for arg in args), "--json")
-    assert (done.code, done.out, done.error["error"]) == (1, "", kind)
+    assert (done.code, done.out, done.error["error"]) == (1, "", "NotFound")
+    assert done.error["hint"] == (hint and hint.format(tenant=shipped.tenant))
 
 
 def test_a_missing_server_exits_with_3():
@@ -754,15 +769,17 @@ def test_event_types_are_known_to_the_command_line(shipped):
 
 
 def test_state_of_the_past(valkey, tenant):
-    """--as-of takes a seq, a time or a date, and says where the state is from."""
+    """--as-of takes a seq, a time or a date, and says where it is from; no past is behind."""
     lines = as_lines(*(decision(f"d-{n}", tenant=tenant) for n in range(3)))
     assert run(valkey.url, "append", tenant, "-", stdin=lines).code == 0
     for point, total in (("2", 2), ("2199-01-01", 3), ("2199-01-01T00:00:00Z", 3)):
         done = run(valkey.url, "state", tenant, "--as-of", point, "--json")
         assert done.code == 0, done.err
         found = json.loads(done.out)
-        assert (found["seq"], found["source"], found["behind"]) == (total, "folded", 3 - total)
+        assert (found["seq"], found["source"], found["behind"]) == (total, "folded", None)
         assert found["value"]["decisions"]["total"] == total
+    people = run(valkey.url, "state", tenant, "--as-of", "2").out
+    assert "@1, as of seq 2; the ledger is at seq 3\n" in people
     assert run(valkey.url, "state", tenant, "--as-of", "2001-01-01").code == 1
     assert run(valkey.url, "state", tenant, "--as-of", "yesterday").code == 2
     assert run(valkey.url, "state", tenant, "--as-of", "1", "--wait-for", "1").code == 2

@@ -159,7 +159,7 @@ async def test_quarantine_and_foreign_hands_are_found(fresh_server, server):
     assert tenant in found["quarantine"].found
     assert tenant in found["foreign writes"].found
     assert found["projector"].level == "note"
-    assert found["projector"].found.startswith("2 entries of 1 tenants")
+    assert found["projector"].found.startswith("not folded: 2 entries of 1 tenant,")
 
 
 async def test_a_lost_head_and_a_rolled_back_ledger_are_danger(fresh_server):

@@ -107,6 +107,14 @@ def test_an_anchor_that_is_not_there_is_bad_input(owner, tmp_path):
     assert f"error: anchor: there is no file or directory {tmp_path / 'none'}\nhint: " in done.err
 
 
+def test_a_tenant_that_is_not_there_is_named(owner):
+    """Where a name is misspelt, `verify` says more than that it was never sealed."""
+    done = owner.run("verify", "nobody-at-all")
+    assert done.code == 1
+    assert "found: no-anchor: " in done.out
+    assert "note: tenant nobody-at-all: nothing is recorded (`govledger tenants`" in done.out
+
+
 def test_no_anchor_says_what_is_not_proved(owner):
     """Without an anchor it ends with 1, and in so many words."""
     owner.run("seal", owner.tenant, "--once")

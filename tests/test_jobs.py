@@ -148,7 +148,7 @@ async def test_ids_that_are_all_taken_fail_loudly_and_alone(ledger, tenant):
     await ledger.append_many(tenant, [escalation(name) for name in names])
     await Projector(ledger).run_once()
     expiry = Expiry(ledger)
-    with pytest.raises(errors.JobFailed, match=f"1 of 1 tenants.*{tenant}") as caught:
+    with pytest.raises(errors.JobFailed, match=f"1 of 1 tenant failed.*{tenant}") as caught:
         await expiry.run()
     assert caught.value.facts["expired"] == len(names) - 1
     assert len(await entries(ledger, tenant, "escalation.resolved")) == len(names) - 1
@@ -211,14 +211,21 @@ async def test_state_of_another_ledger_expires_nothing(ledger, tenant):
 # -- snapshot ------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def archive_dir(tmp_path):
+    path = tmp_path / "archive"
+    path.mkdir()
+    return path
+
+
 async def test_a_snapshot_is_watched_and_its_dump_copied_out(
-    fresh_server, server, tmp_path, tenant
+    fresh_server, server, archive_dir, tenant
 ):
     """The copy has the bytes of the server's dump and a digest that sha256sum accepts."""
     own = fresh_server(server.kind)
     async with Ledger.connect(own.url) as ledger:
         await ledger.append(tenant, escalation("d"))
-        context = JobContext(ledger, Archive(tmp_path / "archive"))
+        context = JobContext(ledger, Archive(archive_dir))
         told = await JOBS["snapshot"](context)
     check_copy(Path(told["file"]), own.directory / "dump.rdb", told["sha256"])
 
@@ -265,14 +272,14 @@ async def test_a_backups_snapshot_waits_out_anothers(fresh_server, tenant):
         assert own.cli("INFO", "persistence")["rdb_saves"] == 2
 
 
-async def test_an_archive_gets_its_copy_while_others_save(fresh_server, tmp_path, tenant):
+async def test_an_archive_gets_its_copy_while_others_save(fresh_server, archive_dir, tenant):
     """With an archive the job waits for the end of another save, and then makes its own."""
     own = fresh_server()
     async with Ledger.connect(own.url) as ledger:
         await ledger.append(tenant, escalation("d"))
         own.cli("CONFIG", "SET", "rdb-key-save-delay", 50_000)
         own.cli("BGSAVE")
-        told = await JOBS["snapshot"](JobContext(ledger, Archive(tmp_path / "a")))
+        told = await JOBS["snapshot"](JobContext(ledger, Archive(archive_dir)))
         assert own.cli("INFO", "persistence")["rdb_saves"] == 2
     check_copy(Path(told["file"]), own.directory / "dump.rdb", told["sha256"])
 
@@ -328,33 +335,38 @@ async def test_a_restart_in_the_middle_is_an_error(fresh_server, tenant):
             await saving
 
 
-async def test_an_archive_without_room_is_an_error(fresh_server, tmp_path, no_room):
+async def test_an_archive_without_room_is_an_error(fresh_server, archive_dir, no_room):
     """Where the copy cannot be written its directory is named, and nothing is left there."""
     async with Ledger.connect(fresh_server().url) as ledger:
         taken = await take_snapshot(ledger.server)
-        with no_room(), pytest.raises(errors.SnapshotFailed, match=f"{tmp_path}/a: File too large"):
-            await archive_snapshot(taken, tmp_path / "a", owner="0123abcd")
-    assert list((tmp_path / "a").iterdir()) == []
+        with no_room(), pytest.raises(errors.SnapshotFailed, match=f"{archive_dir}: File too lar"):
+            await archive_snapshot(taken, archive_dir, owner="0123abcd")
+    assert list(archive_dir.iterdir()) == []
 
 
-async def test_an_archive_out_of_reach_is_an_error(fresh_server, tmp_path):
-    """No right to ask where the dump is, no dump there, or no RDB file: each says what to do."""
+async def test_an_archive_out_of_reach_is_an_error(fresh_server, archive_dir):
+    """No right to ask where the dump is, no dump there, no RDB file, or no directory, since a
+    disk may not be mounted: each says what to do, and nothing is left.
+    """
     own = fresh_server()
     own.cli("ACL", "SETUSER", "job", "on", ">pw", "~*", "+@all", "-config")
     url = own.url.replace("redis://", "redis://job:pw@")
     async with Ledger.connect(url) as ledger:
         taken = await take_snapshot(ledger.server)
         with pytest.raises(errors.SnapshotFailed, match="CONFIG is denied"):
-            await archive_snapshot(taken, tmp_path, owner="0123abcd")
+            await archive_snapshot(taken, archive_dir, owner="0123abcd")
     async with Ledger.connect(own.url) as ledger:
         taken = await take_snapshot(ledger.server)
-        below = own.directory / "dump.rdb" / "below a file"
+        for absent in (archive_dir / "absent", taken.path):
+            with pytest.raises(errors.InvalidSetting, match=r"no directory .*mkdir -p"):
+                await archive_snapshot(taken, absent, owner="0123abcd")
+        moved = replace(taken, path=taken.path.with_name("elsewhere.rdb"))
         with pytest.raises(errors.SnapshotFailed, match=r"cannot be copied out.*must run where"):
-            await archive_snapshot(taken, below, owner="0123abcd")
+            await archive_snapshot(moved, archive_dir, owner="0123abcd")
         taken.path.write_bytes(b"no dump")
         with pytest.raises(errors.SnapshotFailed, match="no RDB file"):
-            await archive_snapshot(taken, tmp_path / "archive", owner="0123abcd")
-        assert list((tmp_path / "archive").iterdir()) == []
+            await archive_snapshot(taken, archive_dir, owner="0123abcd")
+    assert list(archive_dir.iterdir()) == []
 
 
 def copies_at(*moments: str, owner: str = "89abcdef") -> list[str]:

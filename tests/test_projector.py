@@ -457,7 +457,9 @@ async def test_strange_published_copy_is_no_state(ledger, server, tenant, copy):
 
 
 async def test_a_damaged_position_is_named(ledger, server, tenant):
-    """What somebody wrote over a fold's position is shown as that, and the next fold mends it."""
+    """What somebody wrote over a fold's position is shown as that, and the next fold mends it; of
+    another epoch's fold every entry is still to come.
+    """
     await ledger.append(tenant, decision(1))
     await Projector(ledger, [Counter()]).run_once([tenant])
     for position in ("x", "1/2/3/4", b"\xff"):
@@ -467,3 +469,8 @@ async def test_a_damaged_position_is_named(ledger, server, tenant):
     await Projector(ledger, [Counter()]).run_once([tenant])
     (found,) = [one async for one in statuses(ledger, [tenant], [Counter()])]
     assert (found.position.seq, found.stopped, found.lag_entries) == (1, None, 0)
+    elsewhere = str(found.position._replace(epoch="0123456789abcdef"))
+    server.cli("HSET", keys.projection(tenant, "counter", 1), "position", elsewhere)
+    (found,) = [one async for one in statuses(ledger, [tenant], [Counter()])]
+    assert (found.position.seq, found.lag_entries) == (1, 1)
+    assert found.lag_seconds > 0

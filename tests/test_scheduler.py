@@ -47,8 +47,8 @@ def only(**schedules: dict) -> str:
     [
         ("{", "GOVLEDGER_JOBS: is no JSON"),
         ("[]", "GOVLEDGER_JOBS"),
-        ('{"nope": {}}', "'expire', 'snapshot'"),
-        ('{"expire": {"every_seconds": 0}}', "greater than or equal to 1"),
+        ('{"Nope": {}}', "GOVLEDGER_JOBS.Nope: Input should be 'expire', 'snapshot'"),
+        ('{"expire": {"every_seconds": 0}}', "GOVLEDGER_JOBS.expire.every_seconds: Input"),
         ('{"expire": {"every_seconds": 604801}}', "less than or equal to 604800"),
         ('{"expire": {"every_seconds": 5, "cron": "* * * * *"}}', "not both"),
         ('{"expire": {"cron": "0 3 * *"}}', "is no cron line"),

@@ -23,6 +23,7 @@ from ledger.events import CheckedEvent, EncodedEvent
 from ledger.ledger import Ledger
 from ledger.service.jsonl import KEPT_BYTES, Line, LineSplitter, Source, event_of
 from ledger.service.terminal import progress
+from ledger.wording import counted
 
 __all__ = ["Landed", "Rejects", "append_checked", "append_good_lines"]
 
@@ -159,7 +160,7 @@ class Rejects:
 
     def as_error(self, outcome: str, hint: str) -> errors.InvalidInput:
         """All of them as one error, whose `facts` has the first `lines`."""
-        lines = "1 line" if self.count == 1 else f"{self.count} lines"
+        lines = counted(self.count, "line")
         shown = "" if self.count == len(self.first) else f" (the first {len(self.first)} are shown)"
         message = f"{self._source.name}: {lines} cannot be recorded{shown}; {outcome}"
         return errors.InvalidInput(message, hint=hint, lines=self.first)
@@ -497,9 +498,11 @@ def _located(error: errors.LedgerError, group: _Group, name: str) -> errors.Ledg
 def _stopped(error: errors.LedgerError, landed: dict[str, Landed]) -> errors.LedgerError:
     tenants = [one for one in landed.values() if one.count]
     shown = ", ".join(f"{one.tenant} seq {one.first_seq}..{one.last_seq}" for one in tenants[:3])
-    more = f" and {len(tenants) - 3} more tenants" if len(tenants) > 3 else ""
+    more = f" and {counted(len(tenants) - 3, 'more tenant')}" if len(tenants) > 3 else ""
     count = sum(one.count for one in tenants)
-    what = f"{count} events had landed ({shown}{more})" if count else "nothing had landed"
+    what = (
+        f"{counted(count, 'event')} had landed ({shown}{more})" if count else "nothing had landed"
+    )
     again = "the same command again records only what is missing"
     facts = {
         **error.facts,

@@ -24,22 +24,18 @@ from typing import Final, Literal
 import msgspec
 
 from ledger import __version__, errors, keys
+from ledger.durable import fsync_directory
 from ledger.ledger import Ledger
 from ledger.server import Server
 from ledger.service.digests import fold_digest, fold_name
 from ledger.service.dump import CannotDump, copy_dump, dump_path
 from ledger.service.exporting import export_tenant, readable_head, record_digest
-from ledger.service.files import (
-    fsync_directory,
-    in_thread,
-    partial_path,
-    put_directory,
-    remove,
-)
+from ledger.service.files import in_thread, partial_path, put_directory, remove
 from ledger.service.importing import import_tenant
 from ledger.service.inspection import server_now_ms
 from ledger.service.scratch import check_loadable, known_tenants, lay_dump, private_server
 from ledger.stream import Head
+from ledger.wording import counted
 from projections import Projector
 from projections.projection import Projection
 
@@ -404,8 +400,8 @@ class _Backup:
         if live != (count, sha256):
             raise _not_the_same(
                 tenant,
-                f"up to {head.entry_id} the copy has {count} entries of digest {sha256[:16]}, the "
-                f"server {live[0]} of {live[1][:16]}",
+                f"up to {head.entry_id} the copy has {counted(count, 'entry')} of digest "
+                f"{sha256[:16]}, the server {live[0]} of {live[1][:16]}",
             )
         state = TenantState(
             tenant,

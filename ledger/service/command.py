@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, suppress
 from datetime import UTC, date, datetime, time
 from importlib import import_module
 from typing import TYPE_CHECKING, Annotated, Any, Final
@@ -30,6 +30,7 @@ __all__ = [
     "app",
     "connect",
     "example",
+    "known",
     "moment",
     "print_json",
     "print_lines",
@@ -124,6 +125,18 @@ def connect(url: str | None, durability: str | None = None) -> AbstractAsyncCont
     settings = load_settings(redis_url=url)
     terminal.hide_settings(settings)
     return Ledger.connect(settings=settings, durability=durability)
+
+
+async def known(ledger: Ledger, tenant: str) -> str:
+    """The tenant, if anything is recorded for it, or was and its head is damaged.
+
+    Raises:
+        NotFound: nothing is.
+    """
+    with suppress(errors.IndexBehind):
+        if not (await ledger.head(tenant)).seq:
+            raise errors.NotFound.nothing_of(tenant)
+    return tenant
 
 
 def usage(command: str, message: str) -> errors.InvalidInput:

@@ -26,6 +26,7 @@ from ledger.service.command import (
     print_lines,
     usage,
 )
+from ledger.wording import counted
 
 if TYPE_CHECKING:
     from ledger import Ledger
@@ -68,8 +69,9 @@ def backup(
             print_json({"directory": str(directory), **to_builtins(done)})
         else:
             how = "verified" if done.verified else "NOT verified"
+            of = counted(len(done.tenants), "tenant")
             print_lines(
-                f"{directory}: a {done.kind} backup of {len(done.tenants)} tenants, {how}",
+                f"{directory}: a {done.kind} backup of {of}, {how}",
                 *(f"  {one.tenant}: seq {one.seq}" for one in done.tenants),
             )
         for problem in done.problems:
@@ -149,8 +151,8 @@ def restore(
             print_json({"into": str(plan.into), "tenants": [asdict(one) for one in restored]})
         else:
             for one in restored:
-                cut = f", {one.left_out} later ones left out" if one.left_out else ""
-                print_lines(f"{one.tenant}: {one.entries} entries to seq {one.seq}{cut}")
+                cut = f", {counted(one.left_out, 'later one')} left out" if one.left_out else ""
+                print_lines(f"{one.tenant}: {counted(one.entries, 'entry')} to seq {one.seq}{cut}")
             print_lines(f"REDIS_URL=embedded://{quote(str(plan.into))}")
         if any(one.problem for one in restored):
             raise typer.Exit(terminal.EXIT_NEGATIVE)
@@ -233,7 +235,8 @@ def export_ledger(
                 }
             )
         else:
-            print_lines(f"{tenant}: {done.head.length} entries to seq {done.head.seq} in {file}")
+            length = counted(done.head.length, "entry")
+            print_lines(f"{tenant}: {length} to seq {done.head.seq} in {file}")
 
     terminal.run(_to_its_end(work()))
 
@@ -267,7 +270,7 @@ def import_ledger(
         else:
             foreign = done.entries - done.own
             aside = f", {foreign} of them foreign" if foreign else ""
-            print_lines(f"{done.tenant}: {done.entries} entries to seq {done.seq}{aside}")
+            print_lines(f"{done.tenant}: {counted(done.entries, 'entry')} to seq {done.seq}{aside}")
         if folded is None:
             raise typer.Exit(terminal.EXIT_NEGATIVE)
 

@@ -22,12 +22,14 @@ from ledger.service.command import (
     app,
     connect,
     example,
+    known,
     moment,
     print_json,
     print_lines,
     usage,
 )
 from ledger.service.files import create_file, refuse_existing
+from ledger.wording import counted
 
 if TYPE_CHECKING:
     from ledger.note import VerifierKey
@@ -102,7 +104,8 @@ def _verifier_key(text: str | None) -> VerifierKey:
         key: VerifierKey = _signing_key(None).verifier()
     except errors.InvalidSetting:
         raise errors.InvalidInput(
-            "--key is missing: whom to believe", hint="govledger keys show prints it to its owner"
+            "--key is missing: whom to believe",
+            hint="`govledger keys show` prints it to the key's owner",
         ) from None
     return key
 
@@ -345,7 +348,7 @@ def _print_sealed(done: list[Sealed], *, as_json: bool) -> None:
         by = f", cosigned by {', '.join(one.witnesses)}" if one.witnesses else ""
         waiting = "; the last 5 s wait, as this server does not fsync each append"
         print_lines(
-            f"{one.tenant}: {one.entries} new entries sealed, {size} in all{by}"
+            f"{one.tenant}: {counted(one.entries, 'new entry')} sealed, {size} in all{by}"
             f"{waiting if one.waiting else ''}"
         )
 
@@ -428,7 +431,8 @@ def _print_verification(found: Verification, *, as_json: bool) -> None:
         lines.append(
             f"{found.tenant}: PROVED: seq 1 to {found.sealed} are what was sealed as {found.origin}"
         )
-        lines.append(f"  {found.checkpoints} signed checkpoints fit; the last: {b64(found.root)}")
+        compared = counted(found.checkpoints, "signed checkpoint")
+        lines.append(f"  compared with {compared}; the last: {b64(found.root)}")
         lines += [f"  cosigned by {who} at {_time(at)}" for who, at in found.witnessed.items()]
     else:
         lines.append(f"{found.tenant}: NOT PROVED, log {found.origin}")
@@ -502,6 +506,7 @@ def prove(
         options: dict[str, Any] = {"key": trusted, "anchor": kept}
         proof: Proof
         async with connect(url) as ledger:
+            await known(ledger, tenant)
             if continues is not None:
                 old = _read_checkpoint(continues)
                 proof = await proving.prove_consistency(ledger, tenant, old, **options)

@@ -41,7 +41,8 @@ ArchiveDir = Annotated[
         "--archive",
         metavar="DIR",
         show_default=False,
-        help="Copy each snapshot's dump there, with its SHA-256; it must be readable from here.",
+        help="Copy each snapshot's dump to this directory, with its SHA-256. The directory must be "
+        "there, and the server's dump readable from here.",
     ),
 ]
 KeepLast = Annotated[
@@ -55,9 +56,12 @@ KeepDays = Annotated[
 
 def _archive(directory: Path | None, last: int, days: int) -> Archive | None:
     from ledger.service.jobs import Archive
-    from ledger.service.snapshot import Retention
+    from ledger.service.snapshot import Retention, check_archive
 
-    return Archive(directory, Retention(last, days)) if directory else None
+    if directory is None:
+        return None
+    check_archive(directory)
+    return Archive(directory, Retention(last, days))
 
 
 # -- jobs ----------------------------------------------------------------------------------------
@@ -92,6 +96,7 @@ def schedule(
         from ledger.service.scheduler import Scheduler
 
         terminal.show_logs()
+        kept = _archive(archive, keep_last, keep_days)
         async with (
             ends_on_sigterm(),
             connect(url) as ledger,
@@ -108,8 +113,7 @@ def schedule(
                 ledger.server.address,
                 ", ".join(f"{job} {one}" for job, one in table.items()),
             )
-            context = JobContext(ledger, _archive(archive, keep_last, keep_days))
-            await Scheduler(context, table, stop_after_s=stop_after_s).run()
+            await Scheduler(JobContext(ledger, kept), table, stop_after_s=stop_after_s).run()
 
     terminal.run(work())
 
@@ -143,9 +147,9 @@ def run(
         from ledger.service.operate import ends_on_sigterm
         from ledger.service.runs import perform
 
-        done = None
+        kept, done = _archive(archive, keep_last, keep_days), None
         async with ends_on_sigterm(), connect(url) as ledger:
-            done = await perform(JobContext(ledger, _archive(archive, keep_last, keep_days)), job)
+            done = await perform(JobContext(ledger, kept), job)
         if done is None:
             raise errors.JobFailed(f"{job}: stopped by SIGTERM", hint="it is safe to run it again")
         if done.status == "failed":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
@@ -22,16 +22,18 @@ from ledger.service.command import (
     app,
     connect,
     example,
+    known,
     moment,
     print_json,
     print_lines,
     usage,
 )
+from ledger.wording import counted
 
 if TYPE_CHECKING:
     from datetime import datetime
 
-    from ledger import Head, Ledger
+    from ledger import Head
     from projections import Projector
 
 __all__: list[str] = []
@@ -245,13 +247,13 @@ def rebuild(
         async with connect(url) as ledger:
             projector = Projector(ledger)
             names = [projection] if projection else [one.name for one in projector.projections]
-            head = await ledger.head(tenant)
+            head = await ledger.head(await known(ledger, tenant))
             for name in names:
                 count = await _rebuild_one(projector, head, name, accept_rollback=accept_rollback)
                 if as_json:
                     print_json({"tenant": tenant, "projection": name, "folded": count})
                 else:
-                    print_lines(f"{tenant}: {name} folded anew, {count} entries")
+                    print_lines(f"{tenant}: {name} folded anew, {counted(count, 'entry')}")
 
     terminal.run(work())
 
@@ -271,7 +273,7 @@ def reindex(tenant: TenantName, *, url: Url = None, as_json: Json = False) -> No
         if as_json:
             print_json({"tenant": tenant, "indexed": count})
         else:
-            print_lines(f"{tenant}: {count} entries indexed")
+            print_lines(f"{tenant}: {counted(count, 'entry')} indexed")
 
     terminal.run(work())
 
@@ -289,22 +291,6 @@ async def _rebuild_one(
 
 
 # -- projections -------------------------------------------------------------------------------
-
-
-async def _known(ledger: Ledger, tenant: str) -> str:
-    """The tenant, if anything is recorded for it, or was and its head is damaged.
-
-    Raises:
-        NotFound: nothing is.
-    """
-    with suppress(errors.IndexBehind):
-        if not (await ledger.head(tenant)).seq:
-            raise errors.NotFound(
-                f"tenant {tenant}: nothing is recorded",
-                hint="`govledger tenants` lists who is known",
-                tenant=tenant,
-            )
-    return tenant
 
 
 @app.command(epilog=example("govledger projections", "govledger projections acgs-dev --json"))
@@ -327,7 +313,7 @@ def projections(
         from projections.status import statuses
 
         async with connect(url) as ledger:
-            names = [await _known(ledger, tenant)] if tenant else await ledger.tenants()
+            names = [await known(ledger, tenant)] if tenant else await ledger.tenants()
             every = configured(ledger.server.settings)
             found = [one async for one in statuses(ledger, names, every)]
         if as_json:
@@ -368,11 +354,12 @@ def quarantine(
         from projections import Projector
 
         async with connect(url) as ledger:
-            store = Projector(ledger).store(await _known(ledger, tenant), projection)
+            store = Projector(ledger).store(await known(ledger, tenant), projection)
             if accept:
                 accepted = await store.accept_quarantined(accept)
                 if accepted < len(set(accept)):
-                    terminal.say(f"warning: {len(set(accept)) - accepted} of them are not there")
+                    absent = len(set(accept)) - accepted
+                    terminal.say(f"warning: not in quarantine: {absent} of {len(set(accept))}")
             found = await store.quarantined()
         if as_json:
             for seq, reason in found.items():
@@ -403,7 +390,7 @@ def activate(
         from projections import Projector
 
         async with connect(url) as ledger:
-            store = Projector(ledger).store(await _known(ledger, tenant), projection)
+            store = Projector(ledger).store(await known(ledger, tenant), projection)
             await store.pin(version)
         if as_json:
             print_json({"tenant": tenant, "projection": projection, "version": version})

@@ -24,11 +24,13 @@ from ledger.service.command import (
     app,
     connect,
     example,
+    known,
     moment,
     print_json,
     print_lines,
     usage,
 )
+from ledger.wording import counted
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -191,9 +193,9 @@ def _print_landed(
         if as_json:
             print_json(asdict(one) | ({} if rejected is None else {"rejected": rejected}))
         elif one.count:
+            told = f"{counted(one.count, 'event')} ({counted(one.duplicates, 'duplicate')})"
             print_lines(
-                f"{one.tenant}: {one.count} events, {one.duplicates} of them duplicates, "
-                f"seq {one.first_seq} to {one.last_seq}, {one.durability}"
+                f"{one.tenant}: {told}, seq {one.first_seq} to {one.last_seq}, {one.durability}"
             )
         else:
             print_lines(f"{one.tenant}: no events")
@@ -278,6 +280,8 @@ def follow(
 
     async def work() -> None:
         async with connect(url) as ledger:
+            if not (await ledger.head(tenant)).seq:  # it may come, or the name is misspelt
+                terminal.say(f"warning: {errors.NotFound.nothing_of(tenant)}; waiting for it")
             entries = ledger.follow(tenant, after=after)
             await _print_entries(entries, types, limit, as_json=as_json, at_once=True)
 
@@ -339,6 +343,7 @@ def show(
         from ledger.service.render import entry_json, entry_lines
 
         async with connect(url) as ledger:
+            await known(ledger, tenant)
             if event_id is not None:
                 entry = await ledger.get(tenant, event_id)
             elif seq is not None:

@@ -7,11 +7,12 @@ from datetime import UTC, datetime, timedelta
 from typing import Final
 
 from ledger.service.cleanup import IMPORT_LIMIT_S
-from ledger.service.doctor_result import Result, shown, unknown
+from ledger.service.doctor_result import Result, unknown
 from ledger.service.doctor_seen import Seen
 from ledger.service.runs import is_gone
 from ledger.service.scheduler import latest_slot
 from ledger.settings import JobName
+from ledger.wording import counted, shown
 
 __all__ = ["LEDGER_CHECKS"]
 
@@ -41,7 +42,7 @@ def registry(seen: Seen) -> Result:
         meaning = "somebody else writes into the registry; they are ignored"
         fix = "SREM them from claude-flow:ledger:_:tenants:all"
         return Result("registry", "warning", f"no tenants: {shown(seen.misnamed)}", meaning, fix)
-    return Result("registry", "ok", f"{len(seen.tenants)} tenants, no unknown stream")
+    return Result("registry", "ok", f"{counted(len(seen.tenants), 'tenant')}, no unknown stream")
 
 
 def projector(seen: Seen) -> Result:
@@ -70,7 +71,7 @@ def projector(seen: Seen) -> Result:
     if not behind and not absent:
         return Result("projector", "ok", "every tenant is folded up to its head")
     age_ms = 0 if seen.oldest_unfolded_ms is None else seen.now_ms - seen.oldest_unfolded_ms
-    found = f"{entries} entries of {len(behind)} tenants are not folded"
+    found = f"not folded: {counted(entries, 'entry')} of {counted(len(behind), 'tenant')}"
     if behind:
         found += f", the oldest for {age_ms / 1000:.0f} s"
     if absent:

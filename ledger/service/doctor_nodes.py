@@ -10,6 +10,7 @@ from ledger.server import LIBRARY_VERSION, NodeSettings
 from ledger.service.doctor_result import Level, Result, size, unknown
 from ledger.service.doctor_seen import Node, Seen
 from ledger.service.inspection import number
+from ledger.wording import counted
 
 __all__ = ["NODE_CHECKS"]
 
@@ -58,13 +59,13 @@ def eviction(seen: Seen, node: Node) -> Result:
         return Result(
             "eviction",
             "danger",
-            f"{found}; {evicted} keys were evicted since the start",
+            f"{found}; {counted(evicted, 'key')} evicted since the start",
             f"when memory runs out it drops any key, recorded decisions too, silently; {refuses}",
             "CONFIG SET maxmemory-policy noeviction (or volatile-lru), and in redis.conf",
         )
     if evicted:
         meaning = "published state and sessions went; the record has no TTL and stayed"
-        return Result("eviction", "note", f"{found}; {evicted} keys were evicted", meaning)
+        return Result("eviction", "note", f"{found}; {counted(evicted, 'key')} evicted", meaning)
     return Result("eviction", "ok", found, "recorded decisions are never evicted")
 
 
@@ -239,7 +240,7 @@ def clients(_: Seen, node: Node) -> Result:
         return unknown("clients", "how near the connection limit is", "+info")
     count, limit = number(node.info, "connected_clients"), number(node.info, "maxclients")
     rejected = number(node.info, "rejected_connections")
-    found = f"{count} of {limit}" + (f", {rejected} were turned away" if rejected else "")
+    found = f"{count} of {limit}" + (f", {rejected} turned away" if rejected else "")
     if not limit or count < MEMORY_WARNING * limit:
         level: Level = "note" if rejected else "ok"
         return Result("clients", level, found)
@@ -315,7 +316,7 @@ def _waits_for(node: Node, replicas: int) -> Result:
     """Whether a primary that is cut off from its replicas ceases to acknowledge."""
     told = " ".join(value for name, value in node.info.items() if name.startswith("slave"))
     lags = [int(lag) for lag in re.findall(r"\blag=(\d+)", told)]
-    found = f"{replicas} replicas, the slowest {max(lags, default=0)} s behind"
+    found = f"{counted(replicas, 'replica')}, the slowest {max(lags, default=0)} s behind"
     needed = (node.config or {}).get("min-replicas-to-write")
     if needed is None:
         return unknown("replication", "how many replicas an append waits for", "+config|get")
@@ -351,7 +352,7 @@ def _too_few_replicas(node: Node, replicas: int) -> Result | None:
     return Result(
         "replication",
         "danger",
-        f"{good} of {replicas} replicas keep up; min-replicas-to-write is {needed}",
+        f"{good} of {counted(replicas, 'replica')} in step; min-replicas-to-write is {needed}",
         "every append is refused now (NOREPLICAS)",
         "bring the replicas back; or CONFIG SET min-replicas-to-write 0, and a failover may lose "
         "acknowledged decisions",
@@ -399,11 +400,14 @@ def key_count(seen: Seen, node: Node) -> Result:
             "key count", "note", "no health samples of this run", meaning, "govledger schedule"
         )
     counts = [number(one, "keys") for one in node.samples]
-    found = f"{counts[0]} keys; {min(counts)} to {max(counts)} in {len(counts)} samples"
+    found = (
+        f"{counted(counts[0], 'key')}; {min(counts)} to {max(counts)} "
+        f"in {counted(len(counts), 'sample')}"
+    )
     if counts[0] * 2 >= max(counts):
         return Result("key count", "ok", found)
     meaning = "half of what was there is gone: expiry and cleanup, or somebody deletes keys"
-    fix = f"govledger replay of each of {len(seen.tenants)} tenants finds entries that are missing"
+    fix = "govledger replay of each tenant finds entries that are missing"
     return Result("key count", "warning", found, meaning, fix)
 
 

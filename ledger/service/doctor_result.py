@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
-__all__ = ["LEVELS", "Level", "Result", "shown", "size", "unknown"]
+__all__ = ["LEVELS", "Level", "Result", "size", "unknown"]
 
 Level = Literal["ok", "note", "warning", "danger"]
 LEVELS: Final[tuple[Level, ...]] = ("ok", "note", "warning", "danger")
-
-NAMES_SHOWN: Final = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +27,6 @@ def unknown(check: str, what: str, right: str) -> Result:
     """A warning: this right is denied, so that cannot be told."""
     meaning = f"{what} cannot be told, so nothing is promised about it"
     return Result(check, "warning", f"{right} is denied to this user", meaning, f"grant {right}")
-
-
-def shown(names: Sequence[str]) -> str:
-    """The first names, and how many more."""
-    more = len(names) - NAMES_SHOWN
-    return ", ".join(names[:NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def size(count: float) -> str:

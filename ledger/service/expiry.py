@@ -25,6 +25,7 @@ from ledger.ledger import Ledger
 from ledger.server import pack
 from ledger.service.inspection import server_now_ms
 from ledger.stream import Entry, Position
+from ledger.wording import counted
 from projections.governance import Governance
 from projections.pending import Pending, pending_with_deadline, unlisted_from_seq
 from projections.projection import STATE
@@ -104,7 +105,7 @@ class Expiry:
         if failed:
             first = next(iter(failed))
             raise errors.JobFailed(
-                f"{len(failed)} of {len(tenants)} tenants failed; the first is {first}: "
+                f"{len(failed)} of {counted(len(tenants), 'tenant')} failed; the first is {first}: "
                 f"{failed[first]}",
                 expired=expired,
             )

@@ -15,6 +15,7 @@ from ledger.reindex import notice
 from ledger.server import Server
 from ledger.service.portable import ExportHead, ExportWriter, encode_entry, entry_record
 from ledger.stream import Head, parse_head, read_head
+from ledger.wording import counted
 
 __all__ = [
     "Exported",
@@ -95,9 +96,7 @@ async def stream_head(server: Server, tenant: str) -> StreamHead:
     keys.checked_tenant(tenant)
     head = await readable_head(server, tenant)
     if not head.epoch:
-        raise errors.NotFound(
-            f"tenant {tenant}: nothing is recorded", hint="`govledger tenants` lists who is known"
-        )
+        raise errors.NotFound.nothing_of(tenant)
     on = (keys.decisions(tenant), keys.head(tenant), keys.index(tenant))
     try:
         await notice(server, tenant, on)
@@ -152,8 +151,8 @@ async def record_digest(server: Server, stream: str, last_id: str = "+") -> tupl
 def _check_count(found: StreamHead, count: int) -> None:
     if count != found.length:
         raise errors.EntriesMissing(
-            f"tenant {found.head.tenant}: {count} entries lie in the stream up to "
-            f"{found.head.entry_id}, {found.length} were counted there",
+            f"tenant {found.head.tenant}: {counted(count, 'entry')} found in the stream up "
+            f"to {found.head.entry_id}, {found.length} were counted there",
             hint="somebody deletes or writes entries meanwhile: find out who, and try again",
             tenant=found.head.tenant,
         )

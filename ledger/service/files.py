@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final, TypeVar
 
 from ledger import errors
+from ledger.durable import fsync_directory
 
 __all__ = [
     "create_file",
     "disk_errors_named",
-    "fsync_directory",
     "in_thread",
     "partial_path",
     "put_directory",
@@ -37,15 +37,6 @@ _log = logging.getLogger("ledger")
 def partial_path(path: Path) -> Path:
     """A name beside `path` for what is not whole yet; nobody takes it for a finished one."""
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
-
-
-def fsync_directory(path: Path) -> None:
-    """Makes the names in a directory survive a power cut."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 async def in_thread(work: Callable[..., T], *args: Any) -> T:

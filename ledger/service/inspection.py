@@ -16,7 +16,7 @@ from ledger.server import Server, pack
 from ledger.stream import Head, Position, head_command, parse_head
 from projections.projection import Projection
 from projections.registry import configured
-from projections.status import committed_position, first_recorded_ms
+from projections.status import committed_position, first_recorded_ms, unfolded
 
 __all__ = [
     "Standing",
@@ -89,10 +89,7 @@ class Standing:
     @property
     def behind(self) -> int:
         """Entries that are recorded and not folded."""
-        if self.head is None:
-            return 0
-        same = self.folded is not None and self.folded.epoch == self.head.epoch
-        return max(0, self.head.seq - (self.folded.seq if self.folded and same else 0))
+        return 0 if self.head is None else unfolded(self.head, self.folded)
 
 
 async def standings(ledger: Ledger, tenants: Sequence[str] | None = None) -> list[Standing]:

@@ -29,6 +29,7 @@ from ledger.service.snapshot import (
     take_snapshot,
 )
 from ledger.settings import JobName
+from ledger.wording import counted
 from projections import Projector
 
 __all__ = ["JOBS", "Archive", "JobContext", "is_due_for_refresh", "sample_of"]
@@ -177,7 +178,8 @@ async def refresh(context: JobContext) -> dict[str, Any]:
     if failed:
         tenant, first = next(iter(failed.items()))
         raise errors.JobFailed(
-            f"{len(failed)} of {len(due)} tenants are not folded; the first is {tenant}: {first}",
+            f"not folded: {len(failed)} of {counted(len(due), 'tenant')}; the first is {tenant}: "
+            f"{first}",
             hint="`govledger doctor` lists them",
         )
     return {"refreshed": len(due), "folded": folded, "tenants": len({one.tenant for one in found})}

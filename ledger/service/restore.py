@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Final, Literal, NamedTuple
 
 from ledger import errors, keys
+from ledger.durable import fsync_directory
 from ledger.embedded import is_running
 from ledger.ledger import Ledger
 from ledger.memory import iso_ms
@@ -38,13 +39,7 @@ from ledger.service.backup import (
 )
 from ledger.service.digests import fold_name
 from ledger.service.exporting import export_tenant, readable_head, record_digest
-from ledger.service.files import (
-    fsync_directory,
-    in_thread,
-    partial_path,
-    put_directory,
-    remove,
-)
+from ledger.service.files import in_thread, partial_path, put_directory, remove
 from ledger.service.importing import Cut, Imported, import_tenant
 from ledger.service.inspection import info
 from ledger.service.portable import MAGIC, ExportReader
@@ -60,6 +55,7 @@ from ledger.service.scratch import (
 )
 from ledger.service.unknown_folds import forget_unknown_folds
 from ledger.stream import Head, split_id
+from ledger.wording import counted, shown
 from projections import Projector
 from projections.store import FoldStore
 
@@ -167,7 +163,10 @@ def make_plan(source: Path, into: Path, target: Target) -> Plan:
     source, into = source.expanduser().absolute(), into.expanduser().absolute()
     _check_into(into)
     if not source.exists():
-        raise errors.InvalidInput(f"{source}: there is no such file or directory")
+        raise errors.InvalidInput(
+            f"{source}: there is no such file or directory",
+            hint="name what `govledger backup` or `export-ledger` wrote, or a dump.rdb",
+        )
     plan = (
         _plan_directory(source, into, target)
         if source.is_dir()
@@ -304,13 +303,20 @@ def _check_target(plan: Plan) -> None:
         if not plan.tenants and plan.dump:
             continue  # known when it is loaded
         if tenant not in known:
-            raise errors.InvalidInput(f"to-seq: the backup has no tenant {tenant}")
+            raise _no_such_tenant(tenant, list(known))
         exact = plan.verified or plan.kind == "logical"
         if exact and not 1 <= seq <= known[tenant].seq:
             raise errors.InvalidInput(
                 f"to-seq: {tenant} goes from seq 1 to {known[tenant].seq} in this backup, not to "
                 f"{seq}"
             )
+
+
+def _no_such_tenant(tenant: str, names: Sequence[str]) -> errors.InvalidInput:
+    there = shown(names) or "none"
+    return errors.InvalidInput(
+        f"to-seq: the backup has no tenant {tenant}", hint=f"there is: {there}"
+    )
 
 
 def _check_begun(to: Target, tenants: Sequence[PlannedTenant]) -> None:
@@ -490,9 +496,9 @@ def _check_stated(
     if not same:
         raise _not_as_stated(
             stated.tenant,
-            f"seq {head.seq}, {count} entries, digest {sha256[:16]} in epoch {head.epoch} against "
-            f"seq {stated.seq}, {stated.entries}, {str(stated.records_sha256)[:16]} in "
-            f"{stated.epoch}",
+            f"seq {head.seq}, {counted(count, 'entry')}, digest {sha256[:16]} in epoch "
+            f"{head.epoch} against seq {stated.seq}, {stated.entries}, "
+            f"{str(stated.records_sha256)[:16]} in {stated.epoch}",
         )
 
 
@@ -528,7 +534,7 @@ async def _exported(plan: Plan, partial: Path, say: Say) -> list[PlannedTenant]:
         await _check_databases(scratch.server, plan, tenants)
         for tenant in plan.target.to_seq:
             if tenant not in tenants:
-                raise errors.InvalidInput(f"to-seq: the backup has no tenant {tenant}")
+                raise _no_such_tenant(tenant, tenants)
         for place, tenant in enumerate(tenants):
             path = export_path(partial, place, tenant)
             path.parent.mkdir(exist_ok=True)

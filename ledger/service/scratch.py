@@ -20,10 +20,10 @@ from typing import BinaryIO, Final
 from redis import exceptions as redis_errors
 
 from ledger import errors, keys
+from ledger.durable import fsync_directory
 from ledger.embedded import EmbeddedServer, is_running
 from ledger.ledger import Ledger
 from ledger.server import LIBRARY_VERSION, Server, library_source, pack
-from ledger.service.files import fsync_directory
 from ledger.settings import load_settings
 
 __all__ = [

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import BinaryIO, Final
 
 from ledger import errors, keys
+from ledger.durable import fsync_directory
 from ledger.server import Server
-from ledger.service.files import fsync_directory
 from ledger.service.inspection import config, info, server_now_ms
 from ledger.service.scratch import RDB_HEADER_BYTES, copy_with_digest, is_dump
 
@@ -31,6 +31,7 @@ __all__ = [
     "Snapshot",
     "archive_owner",
     "archive_snapshot",
+    "check_archive",
     "copy_saved",
     "is_local",
     "saved_path",
@@ -210,6 +211,16 @@ async def archive_owner(server: Server) -> str:
     return owner
 
 
+def check_archive(directory: Path) -> None:
+    """Raises `InvalidSetting` where there is no such directory to archive to."""
+    if not directory.is_dir():
+        raise errors.InvalidSetting(
+            f"--archive: there is no directory {directory}",
+            hint=f"mkdir -p {directory}, or mount what it is on: it is not made here, so that an "
+            "absent disk is noticed",
+        )
+
+
 async def archive_snapshot(
     snapshot: Snapshot,
     directory: Path,
@@ -223,7 +234,7 @@ async def archive_snapshot(
 
     Args:
         snapshot: which; its path must be readable here.
-        directory: where to; it is made where it is not there, for our eyes only.
+        directory: where to; it must be there. What is put into it is for our eyes only.
         retention: the rule; None keeps everything.
         owner: of `archive_owner`.
         at_ms: the time in the name, the same for all nodes of a cluster; by default the snapshot's.
@@ -231,7 +242,9 @@ async def archive_snapshot(
     Raises:
         SnapshotFailed: there is no such dump to be read here, it is no RDB file, or it cannot be
             written there.
+        InvalidSetting: there is no such directory.
     """
+    check_archive(directory)
     if snapshot.path is None:
         raise errors.SnapshotFailed(
             "the dump cannot be copied out: CONFIG is denied, so nobody says where it is",
@@ -255,7 +268,6 @@ def _archive(
     snapshot: Snapshot, source: Path, path: Path, retention: Retention | None, moment: datetime
 ) -> Archived:
     directory = path.parent
-    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     partial = path.with_suffix(".partial")
     try:
         with source.open("rb") as dump:

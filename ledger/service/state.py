@@ -10,10 +10,14 @@ import orjson
 from ledger.service.render import time_text
 from ledger.service.terminal import printable
 from ledger.stream import Head
+from ledger.wording import counted
 from projections import PublishedState
 from projections.status import Status
 
 __all__ = ["STATUS_HEADER", "state_json", "state_lines", "status_json", "status_row"]
+
+PAST: Final = "folded"
+"""The `source` of a state that was folded as of a point in time."""
 
 STATUS_HEADER: Final = (
     *("tenant", "projection", "readers", "seq", "behind", "seconds", "worker", "quarantined"),
@@ -24,9 +28,9 @@ STATUS_HEADER: Final = (
 def state_json(found: PublishedState, head: Head) -> dict[str, Any]:
     """The value, the position it was folded to, and how old that is.
 
-    `behind` is how many entries are recorded and not folded, null where the ledger is of another
-    epoch than the state; `age_seconds` is the time since the last folded entry was recorded;
-    `source` is `published`, `committed` where that copy is gone, `folded` for the past.
+    `behind` is how many entries are recorded and not folded, null of the past, and where the ledger
+    is of another epoch than the state; `age_seconds` is the time since the last folded entry was
+    recorded; `source` is `published`, `committed` where that copy is gone, `folded` for the past.
     """
     return {
         "tenant": found.tenant,
@@ -48,14 +52,8 @@ def state_json(found: PublishedState, head: Head) -> dict[str, Any]:
 
 def state_lines(found: PublishedState, head: Head) -> list[str]:
     """The gist, a line each; a projection that has none here is shown as JSON."""
-    behind = _behind(found, head)
-    stands = f"{behind} entries behind" if behind else "up to date"
-    if behind is None:
-        stands = "of an earlier epoch of the ledger"
-    if found.stopped:
-        stands = f"{stands}; stopped: {found.stopped}"
     lines = [
-        f"{found.tenant}: {found.projection}@{found.version}, folded to seq {found.seq}, {stands}",
+        f"{found.tenant}: {found.projection}@{found.version}, {_stands(found, head)}",
         f"last entry folded: {_recorded_at(found)}, {_age(found.age_seconds)} ago",
     ]
     if found.projection == "governance":
@@ -97,8 +95,20 @@ def status_row(one: Status) -> tuple[object, ...]:
     )
 
 
+def _stands(found: PublishedState, head: Head) -> str:
+    if found.source == PAST:
+        return f"as of seq {found.seq}; the ledger is at seq {head.seq}"
+    behind = _behind(found, head)
+    stands = f"{counted(behind, 'entry')} behind" if behind else "up to date"
+    if behind is None:
+        stands = "of an earlier epoch of the ledger"
+    if found.stopped:
+        stands = f"{stands}; stopped: {found.stopped}"
+    return f"folded to seq {found.seq}, {stands}"
+
+
 def _behind(found: PublishedState, head: Head) -> int | None:
-    if head.epoch != found.position.epoch:
+    if found.source == PAST or head.epoch != found.position.epoch:
         return None
     return max(0, head.seq - found.seq)
 

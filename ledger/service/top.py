@@ -16,6 +16,7 @@ from ledger.ledger import Ledger
 from ledger.service.inspection import number
 from ledger.service.observation import Observation, observe
 from ledger.service.terminal import printable
+from ledger.wording import counted
 from projections import StateReader
 
 __all__ = ["Row", "Screen", "as_json", "between", "live", "render"]
@@ -130,8 +131,8 @@ def render(screen: Screen) -> Group:
     head = Text.assemble(
         (screen.address, "bold"),
         f"  {screen.appends_per_second:.1f} appends/s  {screen.ops_per_second} ops/s  {memory}  "
-        f"{screen.clients} clients  {screen.keys} keys\n",
-        f"{screen.tenants} tenants  {screen.behind} entries behind",
+        f"{counted(screen.clients, 'client')}  {counted(screen.keys, 'key')}\n",
+        f"{counted(screen.tenants, 'tenant')}  {counted(screen.behind, 'entry')} behind",
         f", the oldest for {screen.lag_seconds:.1f} s" if screen.behind else "",
     )
     table = Table(box=None, pad_edge=False)
