@@ -16,6 +16,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Container, Iterable, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Final
+from weakref import WeakValueDictionary
 
 from ledger import errors, keys
 from ledger.ledger import Ledger
@@ -78,8 +79,16 @@ class Projector:
         self._dirty: dict[str, None] = {}
         self._woken = asyncio.Event()
         self._busy: set[str] = set()
+        self._locks = WeakValueDictionary[str, asyncio.Lock]()
         self._again: set[str] = set()
         self._probes: dict[str, list[tuple[FoldStore, list[tuple[str, bytes]]]]] = {}
+
+    def _lock_of(self, tenant: str) -> asyncio.Lock:
+        """Whoever folds the tenant here has it: `run` and `run_once` share folds in memory."""
+        lock = self._locks.get(tenant)
+        if lock is None:
+            lock = self._locks[tenant] = asyncio.Lock()
+        return lock
 
     def _fold_of(self, tenant: str, projection: Projection) -> TenantFold:
         """The fold in memory, made where there is none; the least recently used one is dropped."""
@@ -162,18 +171,25 @@ class Projector:
         while True:
             held = frozenset[str]()
             try:
-                held = await self._leases.take(tenant)
-                folds = await self._folds_of(tenant, held)
-                for place, fold in enumerate(folds):
-                    count = await self._catch_up(fold, on_progress, followers=folds[place + 1 :])
-                    await fold.publish(self._ttl_seconds, whole=True)
-                    folded = max(folded, count)
-                await self._leases.release([tenant])
+                async with self._lock_of(tenant):
+                    held = await self._leases.take(tenant)
+                    folds = await self._folds_of(tenant, held)
+                    folded = max(folded, await self._fold_whole(folds, on_progress))
+                    await self._leases.release([tenant])
             except errors.LeaseHeld:
                 held = frozenset()
             if await self._is_folded_to(tenant, goal.seq, besides=held):
                 return folded
             await asyncio.sleep(HANDOVER_S)
+
+    async def _fold_whole(self, folds: Sequence[TenantFold], on_progress: Progress | None) -> int:
+        """Folds and publishes all that there is; the entries folded."""
+        folded = 0
+        for place, fold in enumerate(folds):
+            count = await self._catch_up(fold, on_progress, followers=folds[place + 1 :])
+            await fold.publish(self._ttl_seconds, whole=True)
+            folded = max(folded, count)
+        return folded
 
     async def _is_folded_to(self, tenant: str, seq: int, *, besides: Container[str]) -> bool:
         """Whether others have committed at least that far what is not held here."""
@@ -314,14 +330,15 @@ class Projector:
         try:
             if self._rests(tenant):
                 return
-            held = await self._leases.take(tenant)
-            folds = await self._folds_of(tenant, held)
-            for place, fold in enumerate(folds):
-                if not (place and fold.stands_with(folds[0])):
-                    await self._catch_up(fold, pages=1, followers=folds[place + 1 :])
-                await fold.publish(self._ttl_seconds)
-                if fold.is_behind or fold.copies_are_due:
-                    self._wake([tenant])
+            async with self._lock_of(tenant):
+                held = await self._leases.take(tenant)
+                folds = await self._folds_of(tenant, held)
+                for place, fold in enumerate(folds):
+                    if not (place and fold.stands_with(folds[0])):
+                        await self._catch_up(fold, pages=1, followers=folds[place + 1 :])
+                    await fold.publish(self._ttl_seconds)
+                    if fold.is_behind or fold.copies_are_due:
+                        self._wake([tenant])
             if self.stopped.pop(tenant, None):
                 _log.warning("tenant %s: folded again", tenant)
         except errors.LeaseHeld as error:
@@ -355,9 +372,10 @@ class Projector:
         if isinstance(error, errors.Unavailable | errors.CommitConflict):
             return
         for projection in self.projections:
-            fold = self._fold_of(tenant, projection)
             try:
-                await fold.show_stopped(type(error).__name__, self._ttl_seconds)
+                async with self._lock_of(tenant):
+                    fold = self._fold_of(tenant, projection)
+                    await fold.show_stopped(type(error).__name__, self._ttl_seconds)
             except Exception as also:  # noqa: BLE001 - logged; what stopped it may stop this too
                 _log.warning("tenant %s: readers are not told that it stopped: %s", tenant, also)
 
