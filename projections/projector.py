@@ -485,10 +485,11 @@ class Projector:
             if not accept_rollback:
                 raise
             await self._begin_epoch(live)
-        leases = Leases(self.server, self.worker, [projection], rebuild=True)
+        worker = worker_name()  # of this call: another one on the same object is refused too
+        leases = Leases(self.server, worker, [projection], rebuild=True)
         await leases.take(tenant)
         try:
-            store = FoldStore(self.server, tenant, projection, worker=self.worker, rebuild=True)
+            store = FoldStore(self.server, tenant, projection, worker=worker, rebuild=True)
             return await self._rebuild_beside(live, store, on_progress)
         finally:
             await leases.release([tenant])
@@ -550,5 +551,10 @@ class Projector:
         if position is not None and position.epoch == head.epoch:
             on = [keys.decisions(live.tenant), keys.head(live.tenant)]
             new = secrets.token_hex(8)
-            await self.server.function("govledger_begin_epoch", on, head.epoch, new)
+            try:
+                await self.server.function("govledger_begin_epoch", on, head.epoch, new)
+            except errors.ServerError as error:
+                if "LEDGERMOVED " not in error.message:
+                    raise
+                return  # somebody else accepted it meanwhile
             _log.warning("tenant %s: rollback accepted; epoch %s began", live.tenant, new)
