@@ -154,11 +154,12 @@ class Projector:
         failed: list[errors.LedgerError] = []
         for tenant in names:
             keys.checked_tenant(tenant)
+            began = time.monotonic()
             try:
                 folded[tenant] = await self._fold_tenant_once(tenant, on_progress)
             except errors.LedgerError as error:
                 failed.append(error)
-                await self._show_stopped(tenant, error)
+                await self._show_stopped(tenant, error, began)
                 if len(names) > 1:
                     _log.error("tenant %s: not folded: %s", tenant, error)
         if failed:
@@ -278,10 +279,7 @@ class Projector:
                 for _ in range(FOLDS_AT_ONCE):
                     tasks.create_task(self._work())
         finally:
-            # Others need not wait for leases to expire; where the server is away they will.
-            with suppress(errors.LedgerError, TimeoutError):
-                async with asyncio.timeout(1):
-                    await self._leases.release()
+            await self._leave()
 
     def _wake(self, tenants: Iterable[str]) -> None:
         for tenant in tenants:
@@ -327,6 +325,7 @@ class Projector:
 
     async def _fold_fairly(self, tenant: str) -> None:
         """One batch; a tenant with more to fold queues again behind the others."""
+        began = time.monotonic()
         try:
             if self._rests(tenant):
                 return
@@ -346,10 +345,19 @@ class Projector:
         except errors.CommitConflict:
             self._wake([tenant])  # another projector was at it; what it leaves is ours
         except errors.LedgerError as error:
-            await self._stop(tenant, error)
+            await self._stop(tenant, error, began)
+            await self._leave([tenant])
         except Exception as error:  # noqa: BLE001 - logged; it must not stop the other tenants
             _log.exception("tenant %s: a defect in a fold", tenant)
-            await self._stop(tenant, errors.ServerError(f"{type(error).__name__}: {error}"))
+            told = errors.ServerError(f"{type(error).__name__}: {error}")
+            await self._stop(tenant, told, began)
+            await self._leave([tenant])
+
+    async def _leave(self, tenants: Sequence[str] | None = None) -> None:
+        """Others need not wait for leases to expire; where the server is away they will."""
+        with suppress(errors.LedgerError, TimeoutError):
+            async with asyncio.timeout(1):
+                await self._leases.release(tenants)
 
     def _rests(self, tenant: str) -> bool:
         """Whether it was published a moment ago; it is woken again when its time has come."""
@@ -360,21 +368,27 @@ class Projector:
             asyncio.get_running_loop().call_later(wait_s, self._wake, [tenant])
         return wait_s > 0
 
-    async def _stop(self, tenant: str, error: errors.LedgerError) -> None:
+    async def _stop(
+        self, tenant: str, error: errors.LedgerError, began: float = float("inf")
+    ) -> None:
         """Keeps why a tenant is not folded; it is tried again at each sweep and each hint."""
         if str(self.stopped.get(tenant)) != str(error):
             _log.error("tenant %s: not folded: %s", tenant, error)
         self.stopped[tenant] = error
-        await self._show_stopped(tenant, error)
+        await self._show_stopped(tenant, error, began)
 
-    async def _show_stopped(self, tenant: str, error: errors.LedgerError) -> None:
-        """Readers see by name what only a person can put right; the server's troubles pass."""
+    async def _show_stopped(self, tenant: str, error: errors.LedgerError, began: float) -> None:
+        """Readers see by name what only a person can put right; the server's troubles pass. Not
+        of a projection that was folded and published since `began`: another one stopped.
+        """
         if isinstance(error, errors.Unavailable | errors.CommitConflict):
             return
         for projection in self.projections:
             try:
                 async with self._lock_of(tenant):
                     fold = self._fold_of(tenant, projection)
+                    if fold.committed is not None and fold.published_at >= began:
+                        continue
                     await fold.show_stopped(type(error).__name__, self._ttl_seconds)
             except Exception as also:  # noqa: BLE001 - logged; what stopped it may stop this too
                 _log.warning("tenant %s: readers are not told that it stopped: %s", tenant, also)
