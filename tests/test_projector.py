@@ -111,7 +111,7 @@ async def test_one_projector_folds_a_tenant_for_one_caller_at_a_time(ledger, ten
     first, second, cancelled = (asyncio.create_task(projector.run_once([tenant])) for _ in range(3))
     await asyncio.sleep(0)
     cancelled.cancel()
-    assert [await first, await second] == [{tenant: 50}, {tenant: 0}]
+    assert sorted([(await first)[tenant], (await second)[tenant]]) == [0, 50]
     state = await StateReader(ledger).state(tenant)
     assert (state.seq, state.value["decisions"]["total"], state.stopped) == (50, 50, None)
 
