@@ -497,6 +497,7 @@ local function commit(keys, args)
   local latest, entities, new, list, seq = string.match(args[7], '^(%d+) (%d+) (%d+) (%d+) (%d+)$')
   keep_all_previous(keys, args, tonumber(latest), tonumber(entities))
   call('HSET', keys[1], 'position', args[3], 'build', args[4])
+  call('HDEL', keys[1], 'stopped')  -- whoever marked it, it goes on
   for i = FIRST_TRIPLE, #args, 3 do
     call('HSET', keys[tonumber(args[i])], args[i + 1], args[i + 2])
   end

@@ -16,6 +16,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Container, Iterable, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Final
+from weakref import WeakValueDictionary
 
 from ledger import errors, keys
 from ledger.ledger import Ledger
@@ -78,8 +79,16 @@ class Projector:
         self._dirty: dict[str, None] = {}
         self._woken = asyncio.Event()
         self._busy: set[str] = set()
+        self._locks = WeakValueDictionary[str, asyncio.Lock]()
         self._again: set[str] = set()
         self._probes: dict[str, list[tuple[FoldStore, list[tuple[str, bytes]]]]] = {}
+
+    def _lock_of(self, tenant: str) -> asyncio.Lock:
+        """Whoever folds the tenant here has it: `run` and `run_once` share folds in memory."""
+        lock = self._locks.get(tenant)
+        if lock is None:
+            lock = self._locks[tenant] = asyncio.Lock()
+        return lock
 
     def _fold_of(self, tenant: str, projection: Projection) -> TenantFold:
         """The fold in memory, made where there is none; the least recently used one is dropped."""
@@ -145,11 +154,12 @@ class Projector:
         failed: list[errors.LedgerError] = []
         for tenant in names:
             keys.checked_tenant(tenant)
+            began = time.monotonic()
             try:
                 folded[tenant] = await self._fold_tenant_once(tenant, on_progress)
             except errors.LedgerError as error:
                 failed.append(error)
-                await self._show_stopped(tenant, error)
+                await self._show_stopped(tenant, error, began)
                 if len(names) > 1:
                     _log.error("tenant %s: not folded: %s", tenant, error)
         if failed:
@@ -162,18 +172,25 @@ class Projector:
         while True:
             held = frozenset[str]()
             try:
-                held = await self._leases.take(tenant)
-                folds = await self._folds_of(tenant, held)
-                for place, fold in enumerate(folds):
-                    count = await self._catch_up(fold, on_progress, followers=folds[place + 1 :])
-                    await fold.publish(self._ttl_seconds, whole=True)
-                    folded = max(folded, count)
-                await self._leases.release([tenant])
+                async with self._lock_of(tenant):
+                    held = await self._leases.take(tenant)
+                    folds = await self._folds_of(tenant, held)
+                    folded = max(folded, await self._fold_whole(folds, on_progress))
+                    await self._leases.release([tenant])
             except errors.LeaseHeld:
                 held = frozenset()
             if await self._is_folded_to(tenant, goal.seq, besides=held):
                 return folded
             await asyncio.sleep(HANDOVER_S)
+
+    async def _fold_whole(self, folds: Sequence[TenantFold], on_progress: Progress | None) -> int:
+        """Folds and publishes all that there is; the entries folded."""
+        folded = 0
+        for place, fold in enumerate(folds):
+            count = await self._catch_up(fold, on_progress, followers=folds[place + 1 :])
+            await fold.publish(self._ttl_seconds, whole=True)
+            folded = max(folded, count)
+        return folded
 
     async def _is_folded_to(self, tenant: str, seq: int, *, besides: Container[str]) -> bool:
         """Whether others have committed at least that far what is not held here."""
@@ -262,10 +279,7 @@ class Projector:
                 for _ in range(FOLDS_AT_ONCE):
                     tasks.create_task(self._work())
         finally:
-            # Others need not wait for leases to expire; where the server is away they will.
-            with suppress(errors.LedgerError, TimeoutError):
-                async with asyncio.timeout(1):
-                    await self._leases.release()
+            await self._leave()
 
     def _wake(self, tenants: Iterable[str]) -> None:
         for tenant in tenants:
@@ -311,17 +325,19 @@ class Projector:
 
     async def _fold_fairly(self, tenant: str) -> None:
         """One batch; a tenant with more to fold queues again behind the others."""
+        began = time.monotonic()
         try:
             if self._rests(tenant):
                 return
-            held = await self._leases.take(tenant)
-            folds = await self._folds_of(tenant, held)
-            for place, fold in enumerate(folds):
-                if not (place and fold.stands_with(folds[0])):
-                    await self._catch_up(fold, pages=1, followers=folds[place + 1 :])
-                await fold.publish(self._ttl_seconds)
-                if fold.is_behind or fold.copies_are_due:
-                    self._wake([tenant])
+            async with self._lock_of(tenant):
+                held = await self._leases.take(tenant)
+                folds = await self._folds_of(tenant, held)
+                for place, fold in enumerate(folds):
+                    if not (place and fold.stands_with(folds[0])):
+                        await self._catch_up(fold, pages=1, followers=folds[place + 1 :])
+                    await fold.publish(self._ttl_seconds)
+                    if fold.is_behind or fold.copies_are_due:
+                        self._wake([tenant])
             if self.stopped.pop(tenant, None):
                 _log.warning("tenant %s: folded again", tenant)
         except errors.LeaseHeld as error:
@@ -329,10 +345,19 @@ class Projector:
         except errors.CommitConflict:
             self._wake([tenant])  # another projector was at it; what it leaves is ours
         except errors.LedgerError as error:
-            await self._stop(tenant, error)
+            await self._stop(tenant, error, began)
+            await self._leave([tenant])
         except Exception as error:  # noqa: BLE001 - logged; it must not stop the other tenants
             _log.exception("tenant %s: a defect in a fold", tenant)
-            await self._stop(tenant, errors.ServerError(f"{type(error).__name__}: {error}"))
+            told = errors.ServerError(f"{type(error).__name__}: {error}")
+            await self._stop(tenant, told, began)
+            await self._leave([tenant])
+
+    async def _leave(self, tenants: Sequence[str] | None = None) -> None:
+        """Others need not wait for leases to expire; where the server is away they will."""
+        with suppress(errors.LedgerError, TimeoutError):
+            async with asyncio.timeout(1):
+                await self._leases.release(tenants)
 
     def _rests(self, tenant: str) -> bool:
         """Whether it was published a moment ago; it is woken again when its time has come."""
@@ -343,21 +368,28 @@ class Projector:
             asyncio.get_running_loop().call_later(wait_s, self._wake, [tenant])
         return wait_s > 0
 
-    async def _stop(self, tenant: str, error: errors.LedgerError) -> None:
+    async def _stop(
+        self, tenant: str, error: errors.LedgerError, began: float = float("inf")
+    ) -> None:
         """Keeps why a tenant is not folded; it is tried again at each sweep and each hint."""
         if str(self.stopped.get(tenant)) != str(error):
             _log.error("tenant %s: not folded: %s", tenant, error)
         self.stopped[tenant] = error
-        await self._show_stopped(tenant, error)
+        await self._show_stopped(tenant, error, began)
 
-    async def _show_stopped(self, tenant: str, error: errors.LedgerError) -> None:
-        """Readers see by name what only a person can put right; the server's troubles pass."""
+    async def _show_stopped(self, tenant: str, error: errors.LedgerError, began: float) -> None:
+        """Readers see by name what only a person can put right; the server's troubles pass. Not
+        of a projection that was folded and published since `began`: another one stopped.
+        """
         if isinstance(error, errors.Unavailable | errors.CommitConflict):
             return
         for projection in self.projections:
-            fold = self._fold_of(tenant, projection)
             try:
-                await fold.show_stopped(type(error).__name__, self._ttl_seconds)
+                async with self._lock_of(tenant):
+                    fold = self._fold_of(tenant, projection)
+                    if fold.committed is not None and fold.published_at >= began:
+                        continue
+                    await fold.show_stopped(type(error).__name__, self._ttl_seconds)
             except Exception as also:  # noqa: BLE001 - logged; what stopped it may stop this too
                 _log.warning("tenant %s: readers are not told that it stopped: %s", tenant, also)
 
@@ -467,10 +499,11 @@ class Projector:
             if not accept_rollback:
                 raise
             await self._begin_epoch(live)
-        leases = Leases(self.server, self.worker, [projection], rebuild=True)
+        worker = worker_name()  # of this call: another one on the same object is refused too
+        leases = Leases(self.server, worker, [projection], rebuild=True)
         await leases.take(tenant)
         try:
-            store = FoldStore(self.server, tenant, projection, worker=self.worker, rebuild=True)
+            store = FoldStore(self.server, tenant, projection, worker=worker, rebuild=True)
             return await self._rebuild_beside(live, store, on_progress)
         finally:
             await leases.release([tenant])
@@ -532,5 +565,10 @@ class Projector:
         if position is not None and position.epoch == head.epoch:
             on = [keys.decisions(live.tenant), keys.head(live.tenant)]
             new = secrets.token_hex(8)
-            await self.server.function("govledger_begin_epoch", on, head.epoch, new)
+            try:
+                await self.server.function("govledger_begin_epoch", on, head.epoch, new)
+            except errors.ServerError as error:
+                if "LEDGERMOVED " not in error.message:
+                    raise
+                return  # somebody else accepted it meanwhile
             _log.warning("tenant %s: rollback accepted; epoch %s began", live.tenant, new)

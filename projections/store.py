@@ -686,6 +686,11 @@ class FoldStore:
 
     # -- what stops a fold --------------------------------------------------------------------
 
+    async def stopped(self) -> str | None:
+        """Why it is not folded any further, as somebody marked it; None where it is."""
+        raw = await self._server.command(self._key, "HGET", self._key, STOPPED)
+        return raw.decode(errors="replace") if raw else None
+
     async def mark_stopped(self, committed: Committed, reason: str | None) -> None:
         """Keeps by the committed state why it is not folded any further; None: it is again.
 

@@ -91,6 +91,8 @@ class TenantFold:
         self._left: Committed | None = None
         self._head_seq = 0
         self._marked: str | None = None
+        self._published: str | None = None
+        """The commit that was published last."""
         self._shown: tuple[str, str] | None = None
         """What readers were told last: at which commit it stopped, and why."""
         self._server = server
@@ -413,6 +415,8 @@ class TenantFold:
         standing = await self.standing()
         if standing is Standing.SUPERSEDED or (standing is Standing.NEXT and self.is_behind):
             return
+        if self._published == committed.token:  # by now another worker may have marked it
+            self._marked = await self.store.stopped()
         if self._marked is not None and not await self._unmark():
             return
         self._check_memory(memory)
@@ -425,7 +429,7 @@ class TenantFold:
         if standing is Standing.NEXT or not self.published_at:
             await self.store.activate()
             self._standing = None
-        self.published_at = time.monotonic()
+        self.published_at, self._published = time.monotonic(), committed.token
 
     async def _unmark(self) -> bool:
         """Takes back that the fold has stopped; False where another worker goes on with it."""

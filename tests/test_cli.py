@@ -21,6 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ledger import Decision, Ledger, __version__, errors, keys
+from ledger.append import Durability, Receipt
 from ledger.events import encode, event_types
 from ledger.service import appending, jsonl, terminal
 from ledger.service.appending import append_checked
@@ -783,3 +784,17 @@ def test_state_of_the_past(valkey, tenant):
     assert run(valkey.url, "state", tenant, "--as-of", "2001-01-01").code == 1
     assert run(valkey.url, "state", tenant, "--as-of", "yesterday").code == 2
     assert run(valkey.url, "state", tenant, "--as-of", "1", "--wait-for", "1").code == 2
+
+
+def test_a_ledger_that_went_back_behind_a_duplicate_is_noticed():
+    """A duplicate was acknowledged too: a new entry with an earlier seq says that it is gone."""
+
+    def receipt(seq: int, *, duplicate: bool) -> Receipt:
+        return Receipt("acme", "e1", 1, seq, duplicate, Durability.MEMORY)
+
+    landed = appending.Landed("acme")
+    landed.add([receipt(5, duplicate=False), receipt(900, duplicate=True)], landed.newest_seq)
+    landed.add([receipt(901, duplicate=False)], landed.newest_seq)
+    landed.add([receipt(1000, duplicate=True)], landed.newest_seq)
+    with pytest.raises(errors.LedgerRolledBack, match="seq 1000 was acknowledged, and seq 950 is"):
+        landed.add([receipt(950, duplicate=False)], landed.newest_seq)

@@ -146,6 +146,23 @@ async def test_a_stop_is_shown_and_taken_back_by_who_folds(ledger, tenant):
     assert (await fold.store.read_committed()).stopped is None
 
 
+async def test_what_another_worker_marked_is_taken_back_by_who_goes_on_from_memory(ledger, tenant):
+    """A stop that somebody else met and marked ends with the next publish, and with the next
+    commit, though the worker that goes on read what is committed before the mark was set.
+    """
+    await ledger.append(tenant, decision(1))
+    projector, fold = await folded(ledger, tenant)
+    other = (await folded(ledger, tenant))[1]
+    await other.show_stopped("IndexBehind", 60)
+    await projector.run_once([tenant])
+    assert (await published(ledger, tenant)).stopped is None
+    assert (await fold.store.read_committed()).stopped is None
+    await other.store.mark_stopped(other.committed, "IndexBehind")
+    await ledger.append(tenant, decision(2))
+    await projector.run_once([tenant])
+    assert (await fold.store.read_committed()).stopped is None
+
+
 async def test_a_copy_that_is_ahead_of_the_ledger_is_put_right_by_a_rebuild(ledger, server, tenant):
     """What nobody can have folded is replaced by command alone."""
     await ledger.append(tenant, decision(1))

@@ -102,6 +102,20 @@ async def test_reader_waits_for_its_own_write(ledger, tenant):
             assert state.value["decisions"]["total"] == number + 1
 
 
+async def test_one_projector_folds_a_tenant_for_one_caller_at_a_time(ledger, tenant):
+    """Calls on one object share what is in memory: each is right, and one that is cancelled takes
+    no other with it.
+    """
+    await ledger.append_many(tenant, [decision(number) for number in range(50)])
+    projector = Projector(ledger)
+    first, second, cancelled = (asyncio.create_task(projector.run_once([tenant])) for _ in range(3))
+    await asyncio.sleep(0)
+    cancelled.cancel()
+    assert sorted([(await first)[tenant], (await second)[tenant]]) == [0, 50]
+    state = await StateReader(ledger).state(tenant)
+    assert (state.seq, state.value["decisions"]["total"], state.stopped) == (50, 50, None)
+
+
 async def test_not_caught_up_is_said(ledger, tenant):
     """Without a projector the wait ends by name, with both numbers."""
     await ledger.append(tenant, decision(1))

@@ -1,6 +1,10 @@
 """A rebuild among projectors that are at work."""
 
-from ledger import Decision, Ledger, errors
+import asyncio
+
+import pytest
+
+from ledger import Decision, Ledger, errors, keys
 from projections import Projector, StateReader
 from projections.store import FoldStore
 
@@ -75,3 +79,32 @@ async def test_a_rebuild_that_is_always_overtaken_ends_and_takes_nobody_back(
         await other.run_once([tenant])
         state = await StateReader(ledger).state(tenant)
         assert state.seq == state.value["decisions"]["total"] == len(overtaken) + 1
+
+
+async def test_rebuilds_at_once_are_refused_by_name(valkey, tenant, monkeypatch):
+    """A second rebuild of a tenant is told who is at it, on the same object too; where several
+    accept a rollback at once, one of them begins the epoch.
+    """
+    async with Ledger.connect(valkey.url) as ledger:
+        await ledger.append_many(tenant, [decision(number) for number in range(3)])
+        projector = Projector(ledger)
+        await projector.run_once([tenant])
+        adopt = FoldStore.adopt
+
+        async def with_another(store, *args):
+            with pytest.raises(errors.LeaseHeld):
+                await projector.rebuild(tenant)
+            await adopt(store, *args)
+
+        monkeypatch.setattr(FoldStore, "adopt", with_another)
+        assert await projector.rebuild(tenant) == 3
+        monkeypatch.undo()
+        position = await projector.store(tenant, "governance").position()
+        ahead = str(position._replace(seq=9))
+        valkey.cli("HSET", keys.projection(tenant, "governance", 1), "position", ahead)
+        calls = [projector.rebuild(tenant, accept_rollback=True) for _ in range(3)]
+        done = await asyncio.gather(*calls, return_exceptions=True)
+        assert 3 in done
+        assert all(one == 3 or isinstance(one, errors.LeaseHeld) for one in done)
+        head = await ledger.head(tenant)
+        assert (head.epoch != position.epoch, head.incidents) == (True, 1)

@@ -26,6 +26,7 @@ from ledger.service import operate
 from ledger.service.workers import run_workers
 from projections import Projector, StateReader
 from projections import projector as projector_module
+from projections.lease import Leases
 from projections.store import FoldStore, Standing, encode_entity
 from projections.tenant_fold import TenantFold
 from tests.commands import GOVLEDGER, environment, run
@@ -220,6 +221,33 @@ async def test_a_projector_that_ends_gives_its_tenants_back(ledger, valkey, tena
         await StateReader(ledger).state(tenant, at_least=receipt)
         assert valkey.cli("EXISTS", keys.lease(tenant, "governance", 1)) == 1
     assert valkey.cli("EXISTS", keys.lease(tenant, "governance", 1)) == 0
+
+
+class Broken(Tally):
+    """A projection with a defect."""
+
+    name = "broken"
+
+    def apply(self, entities, entry, subject):
+        raise RuntimeError("a defect")
+
+
+async def test_who_cannot_fold_leaves_a_tenant_to_others_and_stops_no_other_projection(
+    ledger, tenant
+):
+    """A worker that fails keeps no lease, however often it tries; readers of what it has folded to
+    the head are not told that it stopped.
+    """
+    await ledger.append(tenant, decision(1))
+    broken = Projector(ledger, [Tally(), Broken()])
+    await broken._fold_fairly(tenant)
+    assert isinstance(broken.stopped[tenant], errors.ServerError)
+    state = await StateReader(ledger, [Tally()]).state(tenant, "tally")
+    assert (state.seq, state.stopped) == (1, None)
+    assert await Leases(ledger.server, "another", [Tally(), Broken()]).take(tenant) == {
+        "tally",
+        "broken",
+    }
 
 
 async def test_a_state_of_an_old_epoch_replaces_nothing(ledger, valkey, tenant):

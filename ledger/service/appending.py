@@ -124,8 +124,8 @@ class Landed:
                 "what is missing",
                 tenant=self.tenant,
             )
-        self.newest_seq = max(self.newest_seq, *new, 0)
         seqs = [receipt.seq for receipt in receipts]
+        self.newest_seq = max(self.newest_seq, *seqs)  # a duplicate is acknowledged too
         self.count += len(receipts)
         self.duplicates += sum(receipt.duplicate for receipt in receipts)
         self.first_seq = min(seqs) if self.first_seq is None else min(self.first_seq, *seqs)
