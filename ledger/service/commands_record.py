@@ -191,9 +191,9 @@ def _print_landed(
     none = [Landed(tenant)] if tenant and not landed else []
     for one in [*landed.values(), *none]:
         if as_json:
-            told = asdict(one)
-            del told["newest_seq"]  # for who records, not for who reads
-            print_json(told | ({} if rejected is None else {"rejected": rejected}))
+            fields = asdict(one)
+            del fields["newest_seq"]  # for who records, not for who reads
+            print_json(fields | ({} if rejected is None else {"rejected": rejected}))
         elif one.count:
             told = f"{counted(one.count, 'event')} ({counted(one.duplicates, 'duplicate')})"
             print_lines(
