@@ -108,8 +108,8 @@ class _Log:
     torn: Checkpoint | None
     chain: Chain
     hashed: Callable[[bytes, Sequence[bytes]], bytes]
-    witnessed: dict[str, int] = field(default_factory=dict)
-    cosigned: dict[str, Signature] = field(default_factory=dict)
+    witnessed: dict[VerifierKey, int] = field(default_factory=dict)
+    cosigned: dict[VerifierKey, Signature] = field(default_factory=dict)
     used_up: bool = False
 
 
@@ -220,7 +220,7 @@ class Sealer:
         chain, note, torn = await asyncio.to_thread(self._read_anchor, anchor, origin)
         sealed = _checkpoint(note, chain) if note else Checkpoint(origin, 0, EMPTY_ROOT)
         for one in elsewhere:
-            _check_known(anchor, chain, torn or sealed, one)
+            _check_known(anchor, chain, sealed, torn, one)
         walk = Walk(self.server, tenant)
         try:
             await walk.start_after(sealed.size)
@@ -242,7 +242,7 @@ class Sealer:
         for witness in self.witnesses:
             for signature in note.signatures if note else ():
                 if witness.key.matches(signature):
-                    log.cosigned[witness.key.name] = signature
+                    log.cosigned[witness.key] = signature
         shown = {one.witness for one in elsewhere}
         silent = [one for one in self.witnesses if one.key not in shown]
         await asyncio.gather(*(self._ask_silent(log, one) for one in silent))
@@ -260,10 +260,10 @@ class Sealer:
             return
         proof = ConsistencyProof(log.sealed.size, (), log.sealed.signed(self.key))
         try:
-            log.cosigned[witness.key.name] = await asyncio.to_thread(witness.add, proof)
-            log.witnessed[witness.key.name] = log.sealed.size
+            log.cosigned[witness.key] = await asyncio.to_thread(witness.add, proof)
+            log.witnessed[witness.key] = log.sealed.size
         except WitnessBehind as stands:
-            log.witnessed[witness.key.name] = stands.size
+            log.witnessed[witness.key] = stands.size
             if stands.size > log.sealed.size:
                 await self._check_witness_ahead(log, witness, stands.size)
         except errors.WitnessUnavailable as error:
@@ -451,14 +451,14 @@ class Sealer:
         if note is None or Handover.is_one(note):
             sealed = log.sealed if note else None
             return Sealed(log.tenant, count, sealed, waiting=waiting)
-        asked = [one for one in self.witnesses if one.key.name not in log.cosigned]
+        asked = [one for one in self.witnesses if one.key not in log.cosigned]
         results = await asyncio.gather(
             *(self._cosignature(log, one) for one in asked), return_exceptions=True
         )
         refused = None
         for witness, result in zip(asked, results, strict=True):
             if isinstance(result, Signature):
-                log.cosigned[witness.key.name] = result
+                log.cosigned[witness.key] = result
             elif isinstance(result, errors.WitnessUnavailable):
                 _log.warning("tenant %s: not cosigned: %s", log.tenant, result)
             elif isinstance(result, errors.SealRefused):
@@ -481,7 +481,9 @@ class Sealer:
             )
         if refused:
             raise refused
-        return Sealed(log.tenant, count, log.sealed, tuple(log.cosigned), waiting=waiting)
+        return Sealed(
+            log.tenant, count, log.sealed, tuple(one.name for one in log.cosigned), waiting=waiting
+        )
 
     def _add_copy(self, log: _Log, cosigned: Note) -> None:
         with log.anchor.locked() as stream:
@@ -491,20 +493,25 @@ class Sealer:
 
     async def _cosignature(self, log: _Log, witness: WitnessClient) -> Signature:
         assert log.note is not None
-        old = log.witnessed.get(witness.key.name, 0)
+        old, derived = log.witnessed.get(witness.key, 0), False
         for _ in range(ATTEMPTS):
             ranges = consistency_ranges(old, log.sealed.size)
-            hashes = tuple(await log.tiles.range_hashes(ranges))
             log_signature = Note(log.note.text, log.note.signatures[:1])
             try:
+                hashes = tuple(await log.tiles.range_hashes(ranges))
                 proof = ConsistencyProof(old, hashes, log_signature)
                 signature = await asyncio.to_thread(witness.add, proof)
             except WitnessBehind as stands:
                 old = stands.size
                 if old > log.sealed.size:
                     await self._check_witness_ahead(log, witness, old)
+            except (errors.NotProved, errors.SealRefused):
+                if derived or not ranges:
+                    raise
+                await self._rederived(log.tenant, log.sealed, log.tiles)
+                derived = True  # it was not the tiles that anybody may have changed
             else:
-                log.witnessed[witness.key.name] = log.sealed.size
+                log.witnessed[witness.key] = log.sealed.size
                 return signature
         raise errors.WitnessUnavailable(f"witness {witness.key.name}: its size keeps changing")
 
@@ -623,10 +630,13 @@ class _Seen:
         return False
 
 
-def _check_known(anchor: AnchorFile, chain: Chain, sealed: Checkpoint, one: _Seen) -> None:
+def _check_known(
+    anchor: AnchorFile, chain: Chain, sealed: Checkpoint, torn: Checkpoint | None, one: _Seen
+) -> None:
     """What was signed for this log is in its anchor, wherever it was seen.
 
-    The keys are not held to where they sign by the anchor: it is the anchor that is in doubt.
+    A torn one has no signature: it excuses itself alone, and nothing that is smaller. The keys are
+    not held to where they sign by the anchor: it is the anchor that is in doubt.
 
     Raises:
         SealRefused: the anchor does not have it: it was put back, or is another one.
@@ -635,7 +645,7 @@ def _check_known(anchor: AnchorFile, chain: Chain, sealed: Checkpoint, one: _See
         seen = Checkpoint.parse(one.note.text)
     except errors.NotProved:
         return  # no checkpoint at all; `verify` says what it is
-    if seen.origin != chain.origin or seen.size < sealed.size:
+    if seen.origin != chain.origin or seen.size < sealed.size or seen == torn:
         return
     by_us = one.is_signed_by(chain.keys())
     cosigned = one.witness is not None and one.is_signed_by([one.witness])

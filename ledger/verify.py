@@ -115,6 +115,9 @@ class _Anchored:
     torn: bool
     """Behind `last` a note is cut off."""
 
+    has_handovers: bool
+    """Whether a hand-over would stand here: not in a witness's answer or one kept checkpoint."""
+
 
 def read_anchor(anchor: str | Path, origin: str, trusted: Sequence[VerifierKey]) -> _Anchored:
     """What an anchor holds of a log: a directory, a file of one or more checkpoints, or a witness's
@@ -131,7 +134,8 @@ def read_anchor(anchor: str | Path, origin: str, trusted: Sequence[VerifierKey])
     if text.startswith(_URLS):
         found = WitnessClient(trusted[0], text).latest(origin)
         notes = [found] if found else []
-        return _anchored(chain, text, Followed(found, len(notes)), lambda: iter(notes))
+        followed = Followed(found, len(notes))
+        return _anchored(chain, text, followed, lambda: iter(notes), has_handovers=False)
     path = Path(text)
     if not path.exists():
         raise InvalidSetting(
@@ -142,11 +146,17 @@ def read_anchor(anchor: str | Path, origin: str, trusted: Sequence[VerifierKey])
     file = AnchorFile(path, origin) if path.is_dir() else AnchorFile.at(path)
     with file.held_still() as stream:
         followed = chain.follow(read_notes(stream, file.path.name))
-    return _anchored(chain, text, followed, file.notes)
+    has_handovers = path.is_dir() or bool(chain.handovers)
+    return _anchored(chain, text, followed, file.notes, has_handovers=has_handovers)
 
 
 def _anchored(
-    chain: Chain, source: str, followed: Followed, read: Callable[[], Iterator[Note]]
+    chain: Chain,
+    source: str,
+    followed: Followed,
+    read: Callable[[], Iterator[Note]],
+    *,
+    has_handovers: bool = True,
 ) -> _Anchored:
     """The chain is complete: whatever `read` gives later is verified by it, and adds nothing."""
     last, seen, torn = followed
@@ -162,7 +172,7 @@ def _anchored(
         # A sealer may be at work: what comes behind the last one is another verification's.
         return islice(checkpoints_of(read(), chain), seen)
 
-    return _Anchored(chain, source, sizes, at, last, torn)
+    return _Anchored(chain, source, sizes, at, last, torn, has_handovers)
 
 
 # -- verify ------------------------------------------------------------------------------------
@@ -611,9 +621,12 @@ class _Run:
         roots.
         """
         others: set[str] = set()
+        unknown = 0
         try:
             async for note in _copies(self.server, self.tenant, self.found.origin, others):
-                self._copies.append(self._copy(anchored.chain, note))
+                copy = self._copy(anchored, note)
+                self._copies += [copy] if copy else []
+                unknown += copy is None
         except NotProved as error:
             told = f"{keys.evidence_checkpoints(self.tenant)}: {error.message}"
             self.found.found(f"copy-{error.facts['reason']}", told)
@@ -621,9 +634,20 @@ class _Run:
         if others:
             told = f"checkpoints of other logs of this tenant: {', '.join(sorted(others))}"
             self.found.notes.append(f"Redis has {told}; they are not compared")
+        if unknown:
+            told = f"{counted(unknown, 'checkpoint')} of this log by a key that is not known here"
+            self.found.notes.append(
+                f"Redis has {told}; not compared: hand-overs stand in the anchor directory alone"
+            )
 
-    def _copy(self, chain: Chain, note: Note) -> Checkpoint:
-        checkpoint = chain.verified(note)
+    def _copy(self, anchored: _Anchored, note: Note) -> Checkpoint | None:
+        """None where a key has signed it that may be the one before or behind a hand-over."""
+        try:
+            checkpoint = anchored.chain.verified(note)
+        except NotProved as error:
+            if anchored.has_handovers or error.facts["reason"] != "foreign-signature":
+                raise
+            return None
         if len(self._copies) == _MAX_COPIES:
             raise NotProved(f"there are more than {_MAX_COPIES}", reason="too-many")
         return checkpoint

@@ -15,6 +15,8 @@ import pytest
 
 from ledger import Ledger, errors, keys
 from ledger.anchor import AnchorFile, read_notes
+from ledger.leaf import leaf_hasher
+from ledger.merkle import TileTree
 from ledger.note import Checkpoint, Handover, Note, SigningKey
 from ledger.prove import prove
 from ledger.seal import Sealer, rotate
@@ -421,7 +423,9 @@ async def test_hole_in_the_record_stops_the_sealer(case):
     assert case.file.read_bytes() == before
 
 
-@pytest.mark.parametrize("anchor", ["put back", "another directory", "with another root"])
+@pytest.mark.parametrize(
+    "anchor", ["put back", "put back and torn", "another directory", "with another root"]
+)
 async def test_anchor_that_lacks_what_was_signed_is_not_sealed_on(case, tmp_path, anchor):
     """Where Redis has a checkpoint of this key that the anchor has not, nothing is signed."""
     before, directory = case.file.read_bytes(), case.anchor
@@ -430,9 +434,13 @@ async def test_anchor_that_lacks_what_was_signed_is_not_sealed_on(case, tmp_path
     if anchor == "another directory":
         directory = tmp_path / "other"
         directory.mkdir()
-    elif anchor == "put back":
-        case.file.write_bytes(before)
+    elif anchor.startswith("put back"):
         case.edit(15, lambda fields: fields.__setitem__(5, fields[5].replace(b"allow", b"deny!")))
+        await case.append(21, 22)
+        tree, hashed = TileTree(), leaf_hasher(case.origin)
+        tree.extend([hashed(*entry) for entry in case.entries()])
+        body = Checkpoint(case.origin, 22, tree.root()).text() + b"\n"  # unsigned, so anybody's
+        case.file.write_bytes(before + (body if anchor.endswith("torn") else b""))
     else:
         case.copy(signed(case.key, case.origin, 20, b"r" * 32))
     held = [one.read_bytes() for one in directory.iterdir()]
@@ -719,6 +727,36 @@ async def test_witness_notices_a_fork(case, tmp_path, monkeypatch):
         await case.sealer().seal(case.tenant)  # without it
         with pytest.raises(errors.SealRefused, match="not the beginning of this"):
             await Sealer(case.ledger, case.key, case.anchor, [client]).seal(case.tenant)
+
+
+async def test_changed_tiles_are_no_fork(case, tmp_path):
+    """A consistency proof of tiles that somebody changed is made again of the entries; and two
+    witnesses of one name are two.
+    """
+    logs = [case.key.verifier()]
+    with serving(tmp_path / "1", *logs) as (one, _), serving(tmp_path / "2", *logs) as (two, _):
+        await Sealer(case.ledger, case.key, case.anchor, [one, two]).seal(case.tenant)
+        await case.append(13, 260)
+        await case.sealer().seal(case.tenant)
+        row = case.client.hget(case.tiles, "0/0")
+        case.client.hset(case.tiles, "0/0", row[:-32] + bytes(32))
+        await case.append(261, 262)
+        sealed = await Sealer(case.ledger, case.key, case.anchor, [one, two]).seal(case.tenant)
+        assert sealed.witnesses == ("witness.example/w1",) * 2
+        assert (await case.verify(witnesses=[one.key, two.key])).ok
+
+
+async def test_anchor_without_hand_overs_is_no_false_alarm(case, tmp_path):
+    """A witness shows no hand-over: copies by the key before it are noted, and nothing is found."""
+    new = SigningKey.generate(DEPLOYMENT)
+    rotate(case.anchor, case.key, new)
+    await case.append(13, 13)
+    with serving(tmp_path / "witness", new.verifier()) as (client, _):
+        await Sealer(case.ledger, new, case.anchor, [client]).seal(case.tenant)
+        options = {"anchor": client.url, "witnesses": [client.key]}
+        found = await verify(case.ledger, case.tenant, new.verifier(), **options)
+    assert found.ok, found.findings
+    assert "2 checkpoints of this log by a key that is not known here" in found.notes[0]
 
 
 async def test_required_cosignature_that_is_missing_is_a_finding(case):
