@@ -612,6 +612,21 @@ def test_the_probe_answers_with_its_exit_code(fresh_server, server):
     assert run("nonsense://x", "health").code == 2
 
 
+def test_the_probe_knows_who_may_not_load_the_library(fresh_server):
+    """Where the functions are absent and the user may not load them, no append works."""
+    own = fresh_server()
+    own.cli("ACL", "SETUSER", "e", "reset", "on", ">geheim", "~*", "+@all", "-function|load")
+    told = run(own.url.replace("redis://", "redis://e:geheim@"), "health")
+    assert (told.code, "function|load" in told.out) == (1, True)
+    assert run(own.url, "health").code == 0
+
+
+def test_disk_room_is_unknown_without_info(healthy):
+    """Free bytes alone do not say whether the data fits."""
+    node = replace(healthy.nodes[0], info={})
+    assert level_of(replace(healthy, nodes=[node]), "disk room") == "warning"
+
+
 def test_the_probe_does_not_wait_for_ever(silent_server):
     """A server that accepts and says nothing is unhealthy after the time that was given."""
     done = run(silent_server, "health", "--timeout", "0.3", "--json")

@@ -139,6 +139,16 @@ async def test_a_taken_id_keeps_nothing_open(ledger, tenant):
     assert (state["escalations"]["pending"], state["counts"]["conflicts"]["total"]) == (0, 0)
 
 
+async def test_a_resolution_before_its_decision_keeps_nothing_open(ledger, tenant):
+    """An event that has the expiry's id and came before the escalation has resolved nothing."""
+    early = expiry_event("over", 0).model_copy(update={"resolution": "cancelled"})
+    await ledger.append_many(tenant, [early, escalation("over")])
+    await Projector(ledger).run_once([tenant])
+    assert (await Expiry(ledger).run())["expired"] == 1
+    await Projector(ledger).run_once([tenant])
+    assert (await StateReader(ledger).state(tenant)).value["escalations"]["pending"] == 0
+
+
 async def test_ids_that_are_all_taken_fail_loudly_and_alone(ledger, tenant):
     """Where both ids are another event's the job fails, and all others of the tenant expire."""
     names = [f"d-{n}" for n in range(APPENDS_AT_ONCE + 2)]

@@ -316,6 +316,18 @@ async def test_a_cut_before_a_trimmed_tail_ends_there(valkey, tenant):
             await imported(ledger, renamed(raw, tenant, third), cut=Cut(to_ms=to_ms - 1))
 
 
+async def test_a_cut_in_a_hole_is_refused(valkey, tenant):
+    """A seq that is gone is no point to restore to: its state would be an earlier one's."""
+    stream, other = keys.decisions(tenant), new_tenant()
+    async with Ledger.connect(valkey.url) as ledger:
+        receipts = [await ledger.append(tenant, one) for one in events(4)]
+        valkey.cli("XDEL", stream, receipts[1].entry_id, receipts[2].entry_id)
+        raw = renamed(await exported(ledger, tenant), tenant, other)
+        with pytest.raises(errors.EntriesMissing, match="from seq 2 to 3"):
+            await imported(ledger, raw, cut=Cut(to_seq=3))
+        assert (await imported(ledger, raw, cut=Cut(to_seq=1))).seq == 1
+
+
 async def test_a_deletion_during_the_export_is_noticed(valkey, tenant, monkeypatch):
     """An entry that goes while the file is written makes the export fail, by name."""
     from ledger.service import exporting

@@ -171,6 +171,8 @@ def disk_room(_: Seen, node: Node) -> Result:
     """Whether a rewrite and a snapshot fit on the disk."""
     if node.free_bytes is None:
         return Result("disk room", "note", "the data directory cannot be seen from here")
+    if not node.info:
+        return unknown("disk room", "whether a rewrite and a snapshot fit", "+info")
     data = number(node.info, "used_memory")
     aof = number(node.info, "aof_current_size")
     found = f"{size(node.free_bytes)} free; data {size(data)}, append-only file {size(aof)}"

@@ -195,12 +195,22 @@ class Expiry:
         """Whether this call recorded the expiry."""
         event = expiry_event(*one)
         try:
-            receipt = await self._ledger.append(tenant, event)
+            if not (await self._ledger.append(tenant, event)).duplicate:
+                return True
         except errors.ConflictingEvent:
-            there = (await self._ledger.get(tenant, event.id)).event
-            if (there["type"], there.get("decision_id")) == (event.type, one.decision_id):
-                return False  # it is resolved: by another release, whose bytes differ
-            receipt = await self._ledger.append(tenant, expiry_event(*one, fallback=True))
+            pass  # what is there may resolve it all the same, with another release's bytes
+        there = await self._ledger.get(tenant, event.id)
+        decided = await self._ledger.get(tenant, one.decision_id)
+        same = (there.type, there.event.get("decision_id")) == (event.type, one.decision_id)
+        if same and there.seq > decided.seq:
+            return False
+        # What was recorded before the decision resolved nothing.
+        receipt = await self._ledger.append(tenant, expiry_event(*one, fallback=True))
+        if receipt.duplicate and receipt.seq < decided.seq:
+            raise errors.JobFailed(
+                f"{one.decision_id}: both ids of its expiry were taken before it was recorded",
+                hint="resolve it by hand, with an event of another id",
+            )
         return not receipt.duplicate
 
 

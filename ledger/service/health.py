@@ -7,10 +7,12 @@ import time
 from typing import Any, Final
 from urllib.parse import quote, urlsplit
 
+from redis import exceptions as redis_errors
+
 from ledger import errors
 from ledger.connect import embedded_path
 from ledger.embedded import listening_at
-from ledger.replies import library_is_old, translate
+from ledger.replies import function_missing, library_is_old, translate
 from ledger.server import LIBRARY_VERSION, Server, pack
 from ledger.service.inspection import info, number
 from ledger.settings import Settings
@@ -19,6 +21,8 @@ __all__ = ["probe", "reach"]
 
 # What every append is, a call of a function that may write, and gives back no lease: it runs into
 # all that keeps appends from running, and writes nothing.
+_LOADS_NOTHING: Final = pack("FUNCTION", "LOAD", "")
+"""Refused as no library, or before that by the ACL."""
 _WRITES_NOTHING: Final = pack("FCALL", "govledger_release", 0, LIBRARY_VERSION, "probe")
 
 
@@ -98,8 +102,11 @@ async def _examined(server: Server, key: str) -> tuple[str, bool]:
     (reply,) = await server.exchange(key, [_WRITES_NOTHING], 1)
     if not isinstance(reply, Exception):
         return "", True
-    if library_is_old(reply):
-        return "", bool(seen)  # the first append loads it
+    if library_is_old(reply):  # the first append loads it, where its user may
+        (loaded,) = await server.exchange(key, [_LOADS_NOTHING], 1)
+        if isinstance(loaded, redis_errors.NoPermissionError):
+            return str(function_missing(server.address)), True
+        return "", bool(seen)
     named = translate(reply, server.address)
     return ("", False) if isinstance(named, errors.PermissionDenied) else (str(named), True)
 

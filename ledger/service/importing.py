@@ -248,6 +248,14 @@ class _Import:
             done.seq, done.entry_id = head.seq, head.entry_id
         if done.seq >= MAX_SEQ:
             raise errors.InvalidBackup(f"tenant {done.tenant}: seq {done.seq} cannot be")
+        wanted = self._cut.to_seq
+        if cut and done.seq and wanted is not None and done.seq < min(wanted, head.seq):
+            raise errors.EntriesMissing(
+                f"tenant {done.tenant}: what was recorded from seq {done.seq + 1} to {wanted} is "
+                "gone, so the state of that seq cannot be told",
+                hint=f"restore to seq {done.seq}, or an older backup",
+                tenant=done.tenant,
+            )
         if cut and not done.seq:
             raise errors.NotFound(f"tenant {done.tenant}: nothing was recorded by then")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from datetime import UTC, datetime, timedelta
 from typing import Final
 
@@ -28,6 +29,7 @@ STOP_AFTER_S: Final = 8.0
 """How long a running job may go on after SIGTERM: `docker stop` kills after 10 s."""
 
 CLAIM_RETRY_S: Final = 5.0
+CLOCK_CHECK_S: Final = 5.0
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _LOOK_BACK: Final = (timedelta(hours=2), timedelta(days=2), timedelta(days=62), timedelta(days=800))
 _log = logging.getLogger("ledger")
@@ -97,11 +99,25 @@ class Scheduler:
         try:
             for job in self._table:
                 await self._due(job)
-            await asyncio.Event().wait()
+            await self._watch(clock)
         finally:
             clock.shutdown(wait=False)
             await asyncio.sleep(0)  # it shuts down in the loop's next turn
             await self._end()
+
+    async def _watch(self, clock: AsyncIOScheduler) -> None:
+        """Plans anew where this machine's clock was set back: APScheduler would wait for the old
+        time to come again, for hours.
+        """
+        offset = time.time() - time.monotonic()
+        while True:
+            await asyncio.sleep(CLOCK_CHECK_S)
+            before, offset = offset, time.time() - time.monotonic()
+            if offset < before - 1:
+                _log.warning("the clock was set back by %.0f s", before - offset)
+                for job, schedule in self._table.items():
+                    clock.reschedule_job(job, trigger=trigger_of(schedule))
+                    await self._due(job)
 
     async def _due(self, job: JobName) -> None:
         """Starts the job in a task of its own: a shutdown of APScheduler cancels what it awaits."""
