@@ -141,7 +141,8 @@ class Agents:
         """The agent that acted, or that the event is about."""
         if entry.raw_fields[1] not in _NAMING:
             return ()
-        return (AGENT_PREFIX + read(entry).agent.id,)
+        body = entry.memo or read(entry)
+        return (AGENT_PREFIX + body.agent.id,)
 
     def apply(self, entities: Entities, entry: Entry, subject: Entry | None) -> None:  # noqa: ARG002 - the protocol
         """Folds the entry.
