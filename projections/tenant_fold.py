@@ -430,6 +430,7 @@ class TenantFold:
             await self.store.activate()
             self._standing = None
         self.published_at, self._published = time.monotonic(), committed.token
+        self._shown = None  # where it stops here once more, readers are told once more
 
     async def _unmark(self) -> bool:
         """Takes back that the fold has stopped; False where another worker goes on with it."""

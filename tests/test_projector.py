@@ -269,6 +269,24 @@ async def test_rolled_back_ledger_stops_its_tenant_by_name(ledger, server, tenan
     assert (state.seq, state.value, state.stopped) == (1, {"allow": 1}, None)
 
 
+async def test_a_fold_that_stops_again_at_the_same_entry_says_so_again(ledger, server, tenant):
+    """Stopped, put right with no entry to fold, and stopped once more: readers are told twice."""
+    await ledger.append_many(tenant, [decision(n) for n in range(5)])
+    projector, head = Projector(ledger, [Counter()]), keys.head(tenant)
+    store = projector.store(tenant, "counter")
+    await projector.run_once([tenant])
+    with server.client() as client:
+        right = client.dump(head)
+        for _ in range(2):
+            client.hset(head, "seq", 3)
+            with pytest.raises(errors.LedgerRolledBack):
+                await projector.run_once([tenant])
+            assert await store.stopped() == "LedgerRolledBack"
+            client.restore(head, 0, right, replace=True)
+            await projector.run_once([tenant])
+            assert await store.stopped() is None
+
+
 async def test_hole_stops_the_fold(ledger, server, tenant):
     """A deleted entry that was not folded yet is an error, not a smaller count."""
     receipts = await ledger.append_many(tenant, [decision(n) for n in range(5)])
