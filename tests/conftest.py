@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import signal
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,8 @@ _SETTINGS_PREFIXES = ("REDIS_", "MEMORY_", "GOVLEDGER_")
 
 def pytest_configure() -> None:
     """Take the developer's own settings out of the tests and of the processes they start."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's job in the background
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     for name in [name for name in os.environ if name.startswith(_SETTINGS_PREFIXES)]:
         if name != servers.REQUIRE_ALL:
             del os.environ[name]
