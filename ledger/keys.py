@@ -362,13 +362,6 @@ def job_history(job: str) -> str:
     return f"{LEDGER}:_:jobs:history:{job}"
 
 
-_FOLD_KEY = re.compile(
-    re.escape(LEDGER.encode())
-    + rb":\{[A-Za-z0-9][A-Za-z0-9._-]{0,63}\}:(projection|snapshot):[A-Za-z0-9_-]{1,64}@\d{1,9}"
-    rb"(:rebuild)?(:\d{1,16})?"
-)
-
-
 def is_disposable(key: bytes) -> bool:
     """Whether a cleanup may delete the key at all: memory keys, a projection's fold and snapshots,
     an import that was never finished.
@@ -376,5 +369,5 @@ def is_disposable(key: bytes) -> bool:
     No stream, index, head, evidence or registry ever is, whatever a pattern or a name says.
     """
     in_memory_store = key.startswith(f"{MEMORY}:".encode())
-    is_fold = _FOLD_KEY.fullmatch(key) is not None
+    is_fold = fold_of_key(key) is not None
     return in_memory_store or is_fold or tenant_of_import(key) is not None
