@@ -37,10 +37,11 @@ from projections.governance_state import (
     VERDICT_COLUMN,
     VERDICTS,
     clipped,
+    ms_of,
 )
 from projections.governance_view import rate
 from projections.projection import STATE, Entities, Unfoldable
-from projections.windows import time_ms, time_text
+from projections.windows import time_text
 
 if TYPE_CHECKING:
     from ledger.stream import Entry
@@ -240,11 +241,11 @@ def _fold(state: Agent, entities: Entities, entries: Sequence[Entry]) -> dict[in
 def _ms_of(entry: Entry, body: Any) -> int:
     if type(body) is Decision and body.expires_at is not None:
         return decided_at(entry, body)[0]
-    return entry.recorded_ms if body.at is None else time_ms(body.at)
+    return ms_of(entry, body)
 
 
 def _meet(state: Agent, entities: Entities, entry: Entry, agent_id: str) -> _Met:
-    name = AGENT_PREFIX + agent_id
+    name = agent_name(agent_id)
     if name in entities:
         agent = entities[name]
         return _Met(agent, tier_of(agent["trust"]))
