@@ -67,11 +67,7 @@ class _Gathering:
         self._waiting_count = 0
 
     def put(
-        self,
-        tenant: str,
-        number: int,
-        event: _Event,
-        line: bytes | None = None,
+        self, tenant: str, number: int, event: _Event, line: bytes | None = None
     ) -> Sequence[_Group]:
         """What is ready to go; `line` is kept where it is given."""
         group = self._filling.get(tenant)
@@ -107,7 +103,11 @@ class Landed:
     first_seq: int | None = None
     last_seq: int | None = None
     durability: Durability | None = None
-    newest_seq: int = 0
+
+    @property
+    def newest_seq(self) -> int:
+        """The last ordinal that was acknowledged, of a duplicate too; 0 before the first."""
+        return self.last_seq or 0
 
     def add(self, receipts: list[Receipt], newest_seq: int) -> None:
         """Counts one group's receipts; it was sent when `newest_seq` had been acknowledged.
@@ -125,7 +125,6 @@ class Landed:
                 tenant=self.tenant,
             )
         seqs = [receipt.seq for receipt in receipts]
-        self.newest_seq = max(self.newest_seq, *seqs)  # a duplicate is acknowledged too
         self.count += len(receipts)
         self.duplicates += sum(receipt.duplicate for receipt in receipts)
         self.first_seq = min(seqs) if self.first_seq is None else min(self.first_seq, *seqs)

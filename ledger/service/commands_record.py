@@ -191,9 +191,7 @@ def _print_landed(
     none = [Landed(tenant)] if tenant and not landed else []
     for one in [*landed.values(), *none]:
         if as_json:
-            fields = asdict(one)
-            del fields["newest_seq"]  # for who records, not for who reads
-            print_json(fields | ({} if rejected is None else {"rejected": rejected}))
+            print_json(asdict(one) | ({} if rejected is None else {"rejected": rejected}))
         elif one.count:
             told = f"{counted(one.count, 'event')} ({counted(one.duplicates, 'duplicate')})"
             print_lines(
