@@ -17,6 +17,7 @@ from ledger.server import Reply, Server, pack
 from ledger.stream import Head, Position, head_command, parse_head
 from projections.governance import Governance
 from projections.projection import STATE
+from projections.publishing import copy_text
 from projections.state_model import GovernanceState, governance_of, published_governance
 from projections.store import STOPPED, parse_position
 
@@ -67,7 +68,7 @@ async def read_current(
     # The head is read last, so it is at least as far as what was folded.
     asked = [(published_key, pack("GET", published_key)), *_commands(tenant, governance)]
     raw, *replies, head_reply = await server.exchange_each(asked)
-    text = _text(server, raw)
+    text = copy_text(server, raw)
     committed = _committed(server, governance, *replies)
     head = parse_head(tenant, server.checked(head_reply))
     state = published_governance(tenant, text) if text else None
@@ -110,7 +111,7 @@ async def read_tokens(
     for tenant, tail_reply, state in zip(tenants, tails, since, strict=True):
         active_reply, committed_reply, head_reply = (next(replies) for _ in range(3))
         try:
-            tail = _text(server, tail_reply)
+            tail = copy_text(server, tail_reply)
             committed = _committed(server, governance, active_reply, committed_reply)
             _check(state, parse_head(tenant, server.checked(head_reply)), None)
         except errors.LedgerError:
@@ -129,13 +130,6 @@ def _commands(tenant: str, governance: Governance) -> list[tuple[str, bytes]]:
         (key, pack("HMGET", key, "position", "build")),
         (keys.head(tenant), head_command(tenant)),
     ]
-
-
-def _text(server: Server, reply: Reply) -> bytes:
-    """What lies under the published key; nothing where that is no text."""
-    if isinstance(reply, Exception) and "WRONGTYPE" in str(reply):
-        return b""
-    return server.checked(reply) or b""
 
 
 def _committed(server: Server, governance: Governance, active: Reply, reply: Reply) -> _Committed:

@@ -16,10 +16,10 @@ from enum import StrEnum
 from typing import Final, NamedTuple
 
 from ledger.memory import iso_ms
-from ledger.server import LIBRARY_VERSION, Server, pack
+from ledger.server import LIBRARY_VERSION, Reply, Server, pack
 from ledger.stream import Head, Position
 
-__all__ = ["Copy", "Facts", "Seen", "Standing", "put"]
+__all__ = ["Copy", "Facts", "Seen", "Standing", "copy_text", "put"]
 
 _NOBODY_TOLD: Final = 2
 _SEEN: Final = re.compile(
@@ -93,6 +93,13 @@ class Copy(NamedTuple):
         if anew or (there.epoch, there.version) != (self.position.epoch, self.version):
             return True
         return there.seq == self.position.seq and not there.text.endswith(self.metadata + b"}")
+
+
+def copy_text(server: Server, reply: Reply) -> bytes:
+    """What lies under a copy's key, by the reply to GET; nothing where that is no text."""
+    if isinstance(reply, Exception) and "WRONGTYPE" in str(reply):
+        return b""
+    return server.checked(reply) or b""
 
 
 async def put(

@@ -27,6 +27,7 @@ from projections.current import check_folded
 from projections.governance import Governance
 from projections.history import fold_to
 from projections.projection import DECISION_PREFIX, CopiedEntities, Projection, Unfoldable
+from projections.publishing import copy_text
 from projections.registry import configured
 from projections.state_model import (
     AgentState,
@@ -242,9 +243,7 @@ class StateReader:
         asked = [(key, pack("GET", key)), *store.entity_commands(name)]
         reply, *rest = await self._server.exchange_each(asked)
         at, stopped, entity, head = store.entity_of(rest)
-        of_another_type = isinstance(reply, Exception) and "WRONGTYPE" in str(reply)
-        raw = None if of_another_type else self._server.checked(reply)
-        found = None if raw is None else published_agent(tenant, raw)
+        found = published_agent(tenant, copy_text(self._server, reply))
         if found is not None and found.version != agents.version:
             at = None  # of what readers take, nothing more is known here
         elif found is not None and (at is None or at.epoch == found.position.epoch):

@@ -27,7 +27,7 @@ from ledger.server import Server, pack
 from ledger.stream import Head, Position, head_command, parse_head, read_head, split_id
 from projections.lease import LEASE_MS, lease_held, worker_name
 from projections.projection import STATE, Entities, Projection
-from projections.publishing import Copy, Facts, Seen, Standing, put
+from projections.publishing import Copy, Facts, Seen, Standing, copy_text, put
 from projections.snapshots import (
     FIELD,
     Kept,
@@ -747,9 +747,7 @@ class FoldStore:
                 (head_key, head_command(self.tenant)),
             ]
         )
-        of_another_type = isinstance(reply, Exception) and "WRONGTYPE" in str(reply)
-        raw = None if of_another_type else self._server.checked(reply)
-        found = None if raw is None else parse_envelope(self.tenant, raw)
+        found = parse_envelope(self.tenant, copy_text(self._server, reply))
         return found, parse_head(self.tenant, self._server.checked(head))
 
     async def read_committed(self) -> PublishedState | None:
