@@ -260,13 +260,17 @@ async def test_a_failed_save_is_an_error(fresh_server, server):
         assert await take_snapshot(ledger.server) is not None
 
 
+async def begin_a_save(ledger, server, tenant, delay_us):
+    await ledger.append(tenant, escalation("d"))
+    server.cli("CONFIG", "SET", "rdb-key-save-delay", delay_us)  # for each of the keys
+    server.cli("BGSAVE")
+
+
 async def test_a_snapshot_under_way_is_left_to_end(fresh_server, tenant):
     """While the server saves already, the job is skipped."""
     own = fresh_server()
     async with Ledger.connect(own.url) as ledger:
-        await ledger.append(tenant, escalation("d"))
-        own.cli("CONFIG", "SET", "rdb-key-save-delay", 10_000_000)
-        own.cli("BGSAVE")
+        await begin_a_save(ledger, own, tenant, delay_us=10_000_000)
         assert "skipped" in await JOBS["snapshot"](JobContext(ledger))
         assert await take_snapshot(ledger.server) is None
 
@@ -275,9 +279,7 @@ async def test_a_backups_snapshot_waits_out_anothers(fresh_server, tenant):
     """What a backup takes was begun after it was asked for, whatever save was under way."""
     own = fresh_server()
     async with Ledger.connect(own.url) as ledger:
-        await ledger.append(tenant, escalation("d"))
-        own.cli("CONFIG", "SET", "rdb-key-save-delay", 20_000)
-        own.cli("BGSAVE")
+        await begin_a_save(ledger, own, tenant, delay_us=20_000)
         assert await take_snapshot(ledger.server, wait_out=True) is not None
         assert own.cli("INFO", "persistence")["rdb_saves"] == 2
 
@@ -286,9 +288,7 @@ async def test_an_archive_gets_its_copy_while_others_save(fresh_server, archive_
     """With an archive the job waits for the end of another save, and then makes its own."""
     own = fresh_server()
     async with Ledger.connect(own.url) as ledger:
-        await ledger.append(tenant, escalation("d"))
-        own.cli("CONFIG", "SET", "rdb-key-save-delay", 50_000)
-        own.cli("BGSAVE")
+        await begin_a_save(ledger, own, tenant, delay_us=50_000)
         told = await JOBS["snapshot"](JobContext(ledger, Archive(archive_dir)))
         assert own.cli("INFO", "persistence")["rdb_saves"] == 2
     check_copy(Path(told["file"]), own.directory / "dump.rdb", told["sha256"])
